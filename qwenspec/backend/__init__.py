@@ -1,0 +1,1 @@
+"""What a backend is, how one is found, and how files are written."""

@@ -1,0 +1,94 @@
+"""The protocols that a backend keeps. A backend lives in its own distribution package and registers an entry
+point in the group `qwenspec.backends` that names an object with the shape of `Backend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from qwenspec.diagnostics import Diagnostic
+from qwenspec.ir.nodes import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Floats = npt.NDArray[np.float32]
+    Ints = npt.NDArray[np.int32]
+
+
+class Cache(Protocol):
+    """A paged KV cache. Sequence ids are the caller's own integers."""
+
+    def add_sequence(self, seq_id: int, prompt_length: int | None = None) -> None:
+        """Start an empty sequence. `prompt_length` matters to dynamic RoPE alone: the whole prompt's length when
+        it will be prefilled in chunks (default: the length of the first forward)."""
+
+    def remove_sequence(self, seq_id: int) -> None: ...
+
+    def fork_sequence(self, parent: int, child: int, at: int = -1) -> None:
+        """`child` starts with the first `at` tokens of `parent` (-1: all of them), sharing pages."""
+
+    def popn(self, seq_id: int, n: int) -> None:
+        """Forget the last n tokens."""
+
+    def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
+        """Make room for lengths[i] new tokens of seq_ids[i]; raises and changes nothing when pages run out."""
+
+    def end_forward(self) -> None: ...
+
+
+class Runner(Protocol):
+    """A generated package with weights, behind numpy. Embeddings and logits are float32 whatever the model's
+    dtype (bfloat16 has no numpy dtype; the conversion is exact). `n` counts the tokens of all sequences, in the
+    order of begin_forward; `b` counts sequences. For a text-embedding model read `hidden` for `vocab`."""
+
+    def embed(self, ids: Ints) -> Floats:
+        """ids [n] -> [1, n, hidden]."""
+
+    def prefill(self, embeds: Floats, cache: Cache) -> Floats:
+        """[1, n, hidden] -> logits of the last token [1, 1, vocab]."""
+
+    def decode(self, embeds: Floats, cache: Cache) -> Floats:
+        """[1, 1, hidden] -> [1, 1, vocab]."""
+
+    def batch_prefill(self, embeds: Floats, logit_positions: Ints, cache: Cache) -> Floats:
+        """[1, n, hidden], positions [b] in 0 … n-1 -> [1, b, vocab]."""
+
+    def batch_decode(self, embeds: Floats, cache: Cache) -> Floats:
+        """[b, 1, hidden] -> [b, 1, vocab]."""
+
+    def batch_verify(self, embeds: Floats, cache: Cache) -> Floats:
+        """[1, n, hidden] -> logits of every token [1, n, vocab]."""
+
+    def create_paged_kv_cache(
+        self,
+        max_batch_size: int,
+        max_total_seq_len: int,
+        prefill_chunk_size: int,
+        page_size: int = 16,
+        support_sliding_window: bool = False,
+    ) -> Cache: ...
+
+    def taps(self, ids: Ints) -> Mapping[str, Floats]:
+        """Prefill one sequence in a fresh cache and return every module's output by its address
+        (`layers.1.attention.q_norm`), and `logits` of every token [n, vocab]."""
+
+
+class Backend(Protocol):
+    """Turns the IR into files, and opens what it wrote."""
+
+    name: str
+
+    def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
+        """What this backend cannot emit yet, said before anything is written."""
+
+    def emit(self, model: Model) -> dict[str, str]:
+        """Path inside the package -> text, unformatted and without banner."""
+
+    def unavailable(self) -> Diagnostic | None:
+        """Why this backend cannot run here (a missing library, with the command that installs it), or None."""
+
+    def open(self, package: Path, weights: Path, device: str, dtype: str | None) -> Runner:
+        """Import the package folder and load a checkpoint folder."""

@@ -1,0 +1,1 @@
+"""The resolved program: what is true of a model, decided once."""

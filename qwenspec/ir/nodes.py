@@ -1,0 +1,280 @@
+"""The resolved program of one model: frozen, complete, and nothing optional that is not optional in the maths.
+
+Every default and derived size has been decided by `lower`; emitters read these nodes and never a spec.
+A node's `name` is its address, the same here, as an attribute of generated code, in errors and in weights:
+`layers.3.attention.q_norm`. Shapes of linear weights are [out_features, in_features].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+Dtype = Literal["float32", "float16", "bfloat16"]
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # aliases (swish, gelu_new, …) are resolved by `lower`
+NormWeight = Literal["plain", "one_plus"]
+
+
+class Shard(Enum):
+    """How tensor parallelism splits a parameter."""
+
+    REPLICATE = "replicate"
+    COLUMN = "column"  # output features (dim 0), each fused part on its own
+    ROW = "row"  # input features (dim 1); an all-reduce follows
+    VOCAB = "vocab"  # vocabulary rows (dim 0), padded when they do not divide
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A block of consecutive rows in a fused parameter. `heads` counts its attention heads, 0 for none."""
+
+    name: str
+    rows: int
+    heads: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A checkpoint tensor that fills the next `rows` rows (dim 0) of a parameter."""
+
+    tensor: str
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter as it lies in memory, and the checkpoint tensors it is read from, top row first.
+
+    `parts` has one entry for a plain parameter and one per block for a fused one.
+    A fused parameter's `sources` are either one per part or a single tensor that is fused on disk too.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Dtype
+    shard: Shard
+    parts: tuple[Part, ...]
+    sources: tuple[Source, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """y = x Wᵀ + b."""
+
+    name: str
+    in_features: int
+    out_features: int
+    weight: Param
+    bias: Param | None
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """y = x / sqrt(mean(x²) + eps) · w over the last `size` values, statistics in float32.
+
+    `plain`: x̂ is cast to the activation dtype, then multiplied by w.
+    `one_plus`: x̂ · (1 + w) in float32, then cast.
+    """
+
+    name: str
+    size: int
+    eps: float
+    style: NormWeight
+    weight: Param
+
+
+# ---------------------------------------------------------------------------------------------- rotary embedding
+
+
+@dataclass(frozen=True, slots=True)
+class DefaultRope:
+    """θ^(-2i/d)."""
+
+
+@dataclass(frozen=True, slots=True)
+class LinearRope:
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class NtkRope:
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicRope:
+    """Hugging Face's dynamic NTK: the base grows with the sequence's length once it exceeds `max_position`."""
+
+    factor: float
+    max_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicQwen1Rope:
+    """Qwen-1's dynamic NTK: a power-of-two step chosen from the prompt's length, then frozen."""
+
+    train_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class YarnRope:
+    factor: float
+    original_max_position: int
+    beta_fast: float
+    beta_slow: float
+    truncate: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LongRope:
+    """`long_factor` once the sequence is longer than `original_max_position`, else `short_factor`."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Rope:
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+RopeScaling = (
+    DefaultRope | LinearRope | NtkRope | DynamicRope | DynamicQwen1Rope | YarnRope | LongRope | Llama3Rope
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotate-half (NeoX) rotary embedding of the first `rotary_dim` values of each head.
+
+    `attention_factor` multiplies cos and sin. `compute_dtype` `activation`: cos and sin are rounded to the
+    activation dtype before use (Qwen1.5 and later); `float32`: the rotation is done in float32 (Qwen-1).
+    """
+
+    rotary_dim: int
+    theta: float
+    compute_dtype: Literal["activation", "float32"]
+    scaling: RopeScaling
+    attention_factor: float
+
+
+# ------------------------------------------------------------------------------------------------------ layers
+
+
+@dataclass(frozen=True, slots=True)
+class LogN:
+    """The query at position p is multiplied by max(1, ln(p + 1) / ln(train_length)), after RoPE."""
+
+    train_length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Softmax attention. A query at p sees keys p - window + 1 … p, or all of 0 … p when `window` is None."""
+
+    name: str
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int | None
+    logn: LogN | None
+    qkv_proj: Linear  # parts q, k, v
+    q_norm: RMSNorm | None
+    k_norm: RMSNorm | None
+    o_proj: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class GatedMlp:
+    """down(act(gate(x)) · up(x))."""
+
+    name: str
+    intermediate_size: int
+    activation: Activation
+    gate_up_proj: Linear  # parts gate, up
+    down_proj: Linear
+
+
+Mixer = Attention
+FeedForward = GatedMlp
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """x += mixer(input_norm(x)); x += feed_forward(post_attention_norm(x))."""
+
+    name: str
+    index: int
+    input_norm: RMSNorm
+    mixer: Mixer
+    post_attention_norm: RMSNorm
+    feed_forward: FeedForward
+
+
+@dataclass(frozen=True, slots=True)
+class LmHead:
+    """Logits in float32. `weight` is the embedding's own Param when tied. The product is taken in `dtype`."""
+
+    name: str
+    weight: Param
+    tied: bool
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingHead:
+    """A text-embedding model's output: the last token's hidden state, L2-normalised in float32 if asked."""
+
+    name: str
+    normalize: bool
+
+
+Head = LmHead | EmbeddingHead
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One variant, ready to emit."""
+
+    name: str
+    family: str
+    spec_file: str
+    spec_sha256: str
+    dtype: Dtype
+    vocab_size: int
+    hidden_size: int
+    max_position_embeddings: int
+    embed_tokens: Param
+    rope: Rope
+    layers: tuple[Layer, ...]
+    norm: RMSNorm
+    head: Head
+    ignored_tensors: tuple[str, ...]  # fnmatch patterns of checkpoint tensors that may be left unread
+
+    def params(self) -> tuple[Param, ...]:
+        """Every distinct parameter, in the order of the forward pass; a tied weight appears once."""
+        found: list[Param] = [self.embed_tokens]
+        for layer in self.layers:
+            attention, mlp = layer.mixer, layer.feed_forward
+            found += _norm_params(layer.input_norm) + _linear_params(attention.qkv_proj)
+            found += _norm_params(attention.q_norm) + _norm_params(attention.k_norm)
+            found += _linear_params(attention.o_proj) + _norm_params(layer.post_attention_norm)
+            found += _linear_params(mlp.gate_up_proj) + _linear_params(mlp.down_proj)
+        found += _norm_params(self.norm)
+        if isinstance(self.head, LmHead) and not self.head.tied:
+            found.append(self.head.weight)
+        return tuple(found)
+
+
+def _linear_params(linear: Linear) -> list[Param]:
+    return [linear.weight] if linear.bias is None else [linear.weight, linear.bias]
+
+
+def _norm_params(norm: RMSNorm | None) -> list[Param]:
+    return [] if norm is None else [norm.weight]

@@ -1,0 +1,63 @@
+"""Quantised weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from qwenspec.spec.base import Model, PositiveInt
+
+
+class _Quantized(Model):
+    skip: tuple[str, ...] = Field(
+        default=(), description="Checkpoint module names left in full precision, beside embeddings, norms and head."
+    )
+
+
+class Fp8Block(_Quantized):
+    """float8 e4m3 weights with one scale a block (Qwen3-*-FP8)."""
+
+    scheme: Literal["fp8_block"]
+    block: tuple[PositiveInt, PositiveInt] = (128, 128)
+    activations: Literal["dynamic", "none"] = Field(
+        default="dynamic", description="dynamic: per token and group of block[1] inputs. none: weights only."
+    )
+
+
+class Awq(_Quantized):
+    """AutoAWQ's gemm format: 4 bits, groups along the inputs, zero points."""
+
+    scheme: Literal["awq"]
+    bits: Literal[4] = 4
+    group_size: PositiveInt = 128
+    zero_point: Literal[True] = True
+
+
+class Gptq(_Quantized):
+    """GPTQ: 4 or 8 bits, groups along the inputs, `g_idx` when desc_act."""
+
+    scheme: Literal["gptq"]
+    bits: Literal[4, 8]
+    group_size: PositiveInt | Literal[-1] = 128
+    sym: bool = True
+    desc_act: bool = False
+    checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
+        default="gptq", description="gptq stores zero points minus one, gptq_v2 as they are."
+    )
+
+
+class Int8(_Quantized):
+    """Round to nearest, symmetric, one scale an output channel."""
+
+    scheme: Literal["int8"]
+
+
+class Int4(_Quantized):
+    """Round to nearest, symmetric, one scale a group of inputs."""
+
+    scheme: Literal["int4"]
+    group_size: Literal[32, 64, 128] = 32
+
+
+Quantization = Annotated[Fp8Block | Awq | Gptq | Int8 | Int4, Field(discriminator="scheme")]
