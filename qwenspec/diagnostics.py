@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+
+LINE_LIMIT = 120  # characters of a source line that are shown; longer lines are cut around the caret
+TAB = 4
 
 
 class ExitCode(IntEnum):
@@ -19,12 +23,19 @@ class ExitCode(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """A place in a file; line and column count from 1. `text` is the whole source line, for the caret."""
+    """A place in a file; line and column count from 1, and line 0 is the file as a whole.
+
+    `text` is the whole source line, for the caret, which spans `width` characters of it.
+    """
 
     file: str
     line: int
     column: int
     text: str = ""
+    width: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}:{self.column}" if self.line else self.file
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +47,15 @@ class Diagnostic:
     location: Location | None = None
     hint: str = ""
 
+    def as_dict(self) -> dict[str, str | int]:
+        """The JSON form; `file`, `line` and `column` are absent when there is no place."""
+        told: dict[str, str | int] = {"code": self.code, "message": self.message}
+        if self.location:
+            told["file"] = self.location.file
+            if self.location.line:
+                told |= {"line": self.location.line, "column": self.location.column}
+        return told | ({"hint": self.hint} if self.hint else {})
+
 
 class SpecError(Exception):
     """Bad input, carrying every diagnostic that was found."""
@@ -45,3 +65,87 @@ class SpecError(Exception):
         self.exit_code = exit_code
         assert self.diagnostics, "a SpecError needs at least one diagnostic"
         super().__init__("\n".join(d.message for d in self.diagnostics))
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed spelling that `word` was probably meant to be, or None when nothing is close."""
+    import difflib
+
+    folded = {name.lower(): name for name in allowed}
+    close = difflib.get_close_matches(word.lower()[:80], folded, n=1, cutoff=0.6)
+    return folded[close[0]] if close else None
+
+
+def listed(words: Iterable[str], last: str = "or") -> str:
+    """`a`, `b` or `c`."""
+    *head, tail = [f"`{word}`" for word in words]
+    return f"{', '.join(head)} {last} {tail}" if head else tail
+
+
+# ------------------------------------------------------------------------------------------------- rendering
+
+
+def render(diagnostics: Iterable[Diagnostic], color: bool = False) -> str:
+    """Text for a terminal: place, reason, the source line with a caret, and the way out."""
+    return "\n".join(_render(d, color) for d in diagnostics)
+
+
+def _render(diagnostic: Diagnostic, color: bool) -> str:
+    def paint(text: str, sgr: str) -> str:
+        return f"\x1b[{sgr}m{text}\x1b[0m" if color else text
+
+    location = diagnostic.location
+    place = paint(f"{_printable(str(location))}: ", "1") if location else ""
+    lines = [
+        f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + _printable(diagnostic.message), '1')}"
+    ]
+    margin = " "
+    if location and location.line and location.text.strip():
+        number = f"{location.line:>4}"
+        margin = " " * len(number)
+        text, caret = _pointed(location)
+        lines += [paint(f"{number} | ", "34") + text, paint(f"{margin} | ", "34") + paint(caret, "1;31")]
+    if diagnostic.hint:
+        lines.append(paint(f"{margin} = ", "34") + paint("help: ", "1;36") + _printable(diagnostic.hint))
+    return "\n".join(lines) + "\n"
+
+
+def _pointed(location: Location) -> tuple[str, str]:
+    """The source line, cut when it is long, and the line of carets under it."""
+    text, start = location.text, location.column - 1
+    first = max(0, start - LINE_LIMIT // 2) if len(text) > LINE_LIMIT else 0
+    before, rest = text[first:start], text[start : first + LINE_LIMIT]
+    token = rest[: max(1, location.width)]
+    left, right = "…" if first else "", "…" if first + LINE_LIMIT < len(text) else ""
+    padding = " " * (len(left) + _columns(before))
+    shown = left + _on_screen(before) + _on_screen(rest, _columns(before)) + right
+    return shown.rstrip(), padding + "^" * max(1, _columns(token, _columns(before)))
+
+
+def _on_screen(text: str, column: int = 0) -> str:
+    """Tabs as spaces, so that the caret lines up; what a terminal would not show as a replacement character."""
+    out = ""
+    for char in text:
+        if char == "\t":
+            out += " " * (TAB - (column + _columns(out)) % TAB)
+        else:
+            out += char if char.isprintable() else "\ufffd"
+    return out
+
+
+def _columns(text: str, column: int = 0) -> int:
+    """How many terminal columns the text takes when it starts at `column`: wide characters take two."""
+    total = column
+    for char in text:
+        if char == "\t":
+            total += TAB - total % TAB
+        elif unicodedata.east_asian_width(char) in "WF":
+            total += 2
+        elif not unicodedata.combining(char):
+            total += 1
+    return total - column
+
+
+def _printable(text: str) -> str:
+    """A message never carries control characters to the terminal, whatever a file or its name held."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

@@ -1,4 +1,4 @@
-"""The resolved program of one model: frozen, complete, and nothing optional that is not optional in the maths.
+"""The resolved program of one model: frozen, complete, nothing optional that is not optional in the maths.
 
 Every default and derived size has been decided by `lower`; emitters read these nodes and never a spec.
 A node's `name` is its address, the same here, as an attribute of generated code, in errors and in weights:
@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Literal
 
 Dtype = Literal["float32", "float16", "bfloat16"]
-Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # aliases (swish, gelu_new, …) are resolved by `lower`
+Activation = Literal["silu", "relu", "gelu", "gelu_tanh"]  # `lower` resolves aliases (swish, gelu_new, …)
 NormWeight = Literal["plain", "one_plus"]
 
 
@@ -84,7 +84,7 @@ class RMSNorm:
     weight: Param
 
 
-# ---------------------------------------------------------------------------------------------- rotary embedding
+# ------------------------------------------------------------------------------------------ rotary embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class NtkRope:
 
 @dataclass(frozen=True, slots=True)
 class DynamicRope:
-    """Hugging Face's dynamic NTK: the base grows with the sequence's length once it exceeds `max_position`."""
+    """Hugging Face's dynamic NTK: the base grows with the sequence's length beyond `max_position`."""
 
     factor: float
     max_position: int
@@ -163,7 +163,7 @@ class Rope:
     attention_factor: float
 
 
-# ------------------------------------------------------------------------------------------------------ layers
+# ---------------------------------------------------------------------------------------------------- layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +255,7 @@ class Model:
     layers: tuple[Layer, ...]
     norm: RMSNorm
     head: Head
+    checkpoint_layer: str  # the checkpoint's name of layer {i}: what its tensors' names start with
     ignored_tensors: tuple[str, ...]  # fnmatch patterns of checkpoint tensors that may be left unread
 
     def params(self) -> tuple[Param, ...]:

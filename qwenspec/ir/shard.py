@@ -1,0 +1,127 @@
+"""Tensor parallelism: what each rank holds, and why a degree is illegal, before anything runs.
+
+Column-parallel products are split by output features, each fused part on its own; row-parallel ones by input
+features, with an all-reduce behind them. A row-parallel bias is whole on every rank and must be added on one
+only. Key/value heads are repeated when there are fewer than ranks. The vocabulary is padded to divide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.ir.nodes import Model, Param, Part, Shard
+
+
+@dataclass(frozen=True, slots=True)
+class ShardedParam:
+    """One rank's share of a parameter; shape and parts are the same on every rank."""
+
+    param: Param
+    shape: tuple[int, ...]
+    parts: tuple[Part, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorParallelPlan:
+    """What one of `degree` ranks holds. The padded vocabulary has degree · vocab_size rows, zeros at the end.
+
+    `kv_head_indices[r]` are the model's KV heads on rank r; with fewer heads than ranks a head is on several.
+    """
+
+    degree: int
+    num_heads: int
+    num_kv_heads: int
+    kv_head_indices: tuple[tuple[int, ...], ...]
+    intermediate_size: int
+    vocab_size: int
+    params: tuple[ShardedParam, ...]
+
+
+def plan(model: Model, degree: int) -> TensorParallelPlan:
+    """Every rank's shapes. Raises SpecError (`tensor-parallel-degree`) with every reason against `degree`."""
+    if problems := obstacles(model, degree):
+        raise SpecError(problems)
+    attention, mlp = model.layers[0].mixer, model.layers[0].feed_forward
+    return TensorParallelPlan(
+        degree=degree,
+        num_heads=attention.num_heads // degree,
+        num_kv_heads=_heads_per_rank(attention.num_kv_heads, degree),
+        kv_head_indices=tuple(kv_heads_of(attention.num_kv_heads, degree, rank) for rank in range(degree)),
+        intermediate_size=mlp.intermediate_size // degree,
+        vocab_size=_ceil_div(model.vocab_size, degree),
+        params=tuple(_shard(param, degree) for param in model.params()),
+    )
+
+
+def kv_heads_of(num_kv_heads: int, degree: int, rank: int) -> tuple[int, ...]:
+    """The KV heads that the query heads of `rank` read."""
+    first = rank * num_kv_heads // degree
+    return tuple(range(first, first + _heads_per_rank(num_kv_heads, degree)))
+
+
+def legal_degrees(model: Model) -> tuple[int, ...]:
+    """Every degree that `plan` accepts, ascending; 1 is always among them."""
+    most = min(layer.mixer.num_heads for layer in model.layers)
+    return tuple(degree for degree in range(1, most + 1) if not _reasons(model, degree))
+
+
+def obstacles(model: Model, degree: int) -> list[Diagnostic]:
+    """Why `degree` is illegal, one diagnostic a reason; empty when it is legal."""
+    hint = "degrees that work: " + ", ".join(map(str, legal_degrees(model)))
+    return [Diagnostic("tensor-parallel-degree", reason, hint=hint) for reason in _reasons(model, degree)]
+
+
+def _reasons(model: Model, degree: int) -> list[str]:
+    if degree < 1:
+        return [f"a tensor-parallel degree counts ranks, from 1 on; found {degree}"]
+    reasons: list[str] = []
+    for layer in model.layers:
+        heads, kv_heads = layer.mixer.num_heads, layer.mixer.num_kv_heads
+        width = layer.feed_forward.intermediate_size
+        if heads % degree:
+            reasons.append(
+                f"layers.*.attention.qkv_proj: {heads} query heads cannot be shared evenly by {degree} ranks"
+            )
+        if kv_heads % degree and degree % kv_heads:
+            reasons.append(
+                f"layers.*.attention.qkv_proj: {kv_heads} key/value heads can neither be shared nor repeated "
+                f"evenly by {degree} ranks"
+            )
+        if width % degree:
+            reasons.append(
+                f"layers.*.mlp.gate_up_proj and down_proj: width {width} does not divide by {degree} ranks"
+            )
+    return list(dict.fromkeys(reasons))  # what holds for every layer is said once
+
+
+def _shard(param: Param, degree: int) -> ShardedParam:
+    rows, rest = param.shape[0], param.shape[1:]
+    match param.shard:
+        case Shard.REPLICATE:
+            return ShardedParam(param, param.shape, param.parts)
+        case Shard.ROW:
+            return ShardedParam(param, (rows, rest[0] // degree), param.parts)
+        case Shard.COLUMN:
+            parts = tuple(_shard_part(part, degree) for part in param.parts)
+        case Shard.VOCAB:
+            parts = (replace(param.parts[0], rows=_ceil_div(rows, degree)),)
+        case _:
+            assert_never(param.shard)
+    return ShardedParam(param, (sum(part.rows for part in parts), *rest), parts)
+
+
+def _shard_part(part: Part, degree: int) -> Part:
+    if not part.heads:
+        return replace(part, rows=part.rows // degree)
+    heads = _heads_per_rank(part.heads, degree)
+    return replace(part, rows=part.rows // part.heads * heads, heads=heads)
+
+
+def _heads_per_rank(heads: int, degree: int) -> int:
+    return max(heads // degree, 1)
+
+
+def _ceil_div(value: int, by: int) -> int:
+    return -(-value // by)
