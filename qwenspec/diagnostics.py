@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import islice
 
 LINE_LIMIT = 120  # characters of a source line that are shown; longer lines are cut around the caret
 TAB = 4
@@ -71,7 +72,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     """The allowed spelling that `word` was probably meant to be, or None when nothing is close."""
     import difflib
 
-    folded = {name.lower(): name for name in allowed}
+    folded = {name.lower(): name for name in islice(allowed, 500)}
     close = difflib.get_close_matches(word.lower()[:80], folded, n=1, cutoff=0.6)
     return folded[close[0]] if close else None
 

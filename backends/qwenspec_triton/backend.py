@@ -16,6 +16,7 @@ class TritonBackend:
     """PyTorch modules over Triton kernels; on CPU the kernels' PyTorch paths."""
 
     name = "triton"
+    libraries = ("torch", "triton", "safetensors", "numpy", "tokenizers")
 
     def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
         if quantization is None:
@@ -41,6 +42,12 @@ class TritonBackend:
             f"the triton backend cannot run here: {', '.join(missing)} not installed",
             hint="pip install 'qwenspec[triton]'",
         )
+
+    def devices(self) -> list[str]:
+        import torch
+
+        gpus = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        return ["cpu", *gpus]
 
     def open(self, package: Path, weights: Path, device: str = "cpu", dtype: str | None = None) -> Runner:
         from qwenspec_triton.runner import TritonRunner

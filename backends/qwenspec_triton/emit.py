@@ -25,7 +25,7 @@ from qwenspec.ir.nodes import (
     Param,
 )
 from qwenspec_triton.config import config_fields
-from qwenspec_triton.fold import fold
+from qwenspec_triton.fold import declared_flags, fold
 
 HERE = Path(__file__).parent
 
@@ -115,8 +115,9 @@ def emit(model: Model) -> dict[str, str]:
 
 
 def _folded(file: Path, shape: Structure) -> str:
+    """A plain file with the structural flags that it declares resolved."""
     source = file.read_text(encoding="utf-8")
-    return fold(source, shape.flags)
+    return fold(source, {name: value for name, value in shape.flags.items() if name in declared_flags(source)})
 
 
 def attention_title(model: Model) -> str:

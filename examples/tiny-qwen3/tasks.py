@@ -25,8 +25,11 @@ class Problem:
 
     @property
     def held_out(self) -> bool:
-        """Whether the problem is kept from training, one in ten: a hash of its task and its words in alphabetical
-        order, so a problem and its reorderings (27 + 58 and 58 + 27) are on the same side."""
+        """Whether the problem is kept from training, as one in ten is.
+
+        Decided by a hash of the task and the question's words in alphabetical order: a problem and its
+        reorderings (27 + 58 and 58 + 27) are on the same side.
+        """
         key = f"{self.task}: {' '.join(sorted(self.question.split()))}"
         return hashlib.sha256(key.encode()).digest()[0] % 10 == 0
 
@@ -81,7 +84,7 @@ def accuracy(
     problems: Sequence[Problem],
     prompt: Callable[[str], str] = chat,
 ) -> dict[str, float]:
-    """The share of right answers, by task. `generate` completes prompts, greedily and without special tokens."""
+    """The share of right answers, by task. `generate` completes prompts greedily, without special tokens."""
     completions = generate([prompt(p.question) for p in problems])
     right: dict[str, list[bool]] = {}
     for p, completion in zip(problems, completions, strict=True):
@@ -100,8 +103,8 @@ def _numbers(rng: random.Random) -> list[int]:
 
 
 def _number(rng: random.Random, digits: int) -> int:
-    """A number of at most `digits` digits, every length as likely as ten times the one below."""
-    return rng.randrange(10**digits)
+    """A number of at most `digits` digits, of which small ones get a larger share than their own."""
+    return rng.randrange(10 ** rng.randint(1, digits))
 
 
 def _copy(rng: random.Random) -> tuple[str, str]:

@@ -80,6 +80,7 @@ class Backend(Protocol):
     """Turns the IR into files, and opens what it wrote."""
 
     name: str
+    libraries: tuple[str, ...]  # distributions that its packages import at run time, for `qwenspec backends`
 
     def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
         """What this backend cannot emit yet, said before anything is written."""
@@ -89,6 +90,10 @@ class Backend(Protocol):
 
     def unavailable(self) -> Diagnostic | None:
         """Why this backend cannot run here (a missing library, with the command that installs it), or None."""
+
+    def devices(self) -> Sequence[str]:
+        """Where packages can run here, as `open` takes it, each with its hardware's name if it has one
+        (`cpu`, `cuda:0 NVIDIA H200`). Asked only when `unavailable()` is None."""
 
     def open(self, package: Path, weights: Path, device: str, dtype: str | None) -> Runner:
         """Import the package folder and load a checkpoint folder."""

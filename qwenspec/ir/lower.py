@@ -26,11 +26,12 @@ ACTIVATIONS: dict[str, nodes.Activation] = {
 def lower(spec: Spec) -> nodes.Model:
     """The resolved program of one variant.
 
-    Raises SpecError when the checkpoint layout cannot fill the parameters. Quantisation is not in the IR.
+    Raises SpecError when the checkpoint layout names a tensor twice. Quantisation is not in the IR.
     """
     arch = spec.architecture
     build = _Builder(spec)
     embed_tokens = build.param("embed_tokens.weight", (arch.vocab_size, arch.hidden_size), Shard.VOCAB)
+    head = build.head(embed_tokens)
     model = nodes.Model(
         name=spec.variant,
         family=spec.family,
@@ -44,9 +45,9 @@ def lower(spec: Spec) -> nodes.Model:
         rope=_rope(arch),
         layers=tuple(build.layer(i, window) for i, window in enumerate(_windows(arch))),
         norm=build.norm("norm", arch.hidden_size),
-        head=build.head(embed_tokens),
+        head=head,
         checkpoint_layer=spec.layout.layer,
-        ignored_tensors=spec.layout.ignore,
+        ignored_tensors=spec.layout.ignore + _unread_head(spec, head),
     )
     weights.check_distinct(model.params())
     return model
@@ -69,7 +70,7 @@ class _Builder:
     ) -> nodes.Param:
         module, _, suffix = name.rpartition(".")
         parts = parts or (Part(module.rpartition(".")[2], shape[0]),)
-        sources = weights.sources(self.modules[module], suffix, module, parts)
+        sources = weights.sources(self.modules[module], suffix, parts)
         return nodes.Param(name, shape, dtype or self.arch.dtype, shard, parts, sources)
 
     def linear(
@@ -155,6 +156,12 @@ class _Builder:
             return nodes.LmHead("lm_head", embed_tokens, True, dtype)
         weight = self.param("lm_head.weight", (arch.vocab_size, arch.hidden_size), Shard.VOCAB, dtype=dtype)
         return nodes.LmHead("lm_head", weight, False, dtype)
+
+
+def _unread_head(spec: Spec, head: nodes.Head) -> tuple[str, ...]:
+    """A checkpoint may hold a head that the model has no use for: a copy of the embedding that it is tied to."""
+    read = isinstance(head, nodes.LmHead) and not head.tied
+    return () if read else (f"{spec.layout.lm_head}.weight",)
 
 
 def _head_dim(arch: Architecture) -> int:

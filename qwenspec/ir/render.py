@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import groupby
 from typing import TypeVar
 
 from qwenspec.ir import nodes
@@ -24,16 +23,17 @@ def render(model: nodes.Model) -> str:
     """The whole model as text. Numbers have twelve digits, so that a changed formula shows."""
     lines = [f"{model.name} (family {model.family})"]
     for title, rows in describe(model).items():
-        width = max(len(address) for address in rows)
+        blocks = list(_blocks(rows))
+        width = max(len(address) for _, block in blocks for address, _ in block)
         lines += ["", title]
-        for heading, block in _blocks(rows):
+        for heading, block in blocks:
             lines += [f"  {heading}"] if heading else []
             lines += [f"  {address:{width}}  {text}" for address, text in block]
     return "\n".join(lines) + "\n"
 
 
 def diff(a: nodes.Model, b: nodes.Model) -> str:
-    """What changes from `a` to `b`, by address, layers that change alike together; empty when nothing does."""
+    """What changes from `a` to `b`, by address; layers that change alike are together. Empty if equal."""
     lines: list[str] = []
     before, after = describe(a), describe(b)
     shared = range(min(len(a.layers), len(b.layers)))
@@ -43,7 +43,7 @@ def diff(a: nodes.Model, b: nodes.Model) -> str:
         for heading, block in _blocks(changes):
             lines += [f"  {heading}"] if heading else []
             for address, (old, new) in block:
-                lines += [f"  {address}", f"    - {old}", f"    + {new}"]
+                lines += [f"  {address}", f"      - {old}", f"      + {new}"]
     return "\n".join([f"{a.name} -> {b.name}", *lines]) + "\n" if lines else ""
 
 
@@ -53,7 +53,7 @@ def describe(model: nodes.Model) -> dict[str, Rows]:
         "model": _overview(model),
         "rope": _rope(model.rope),
         "modules": _modules(model),
-        "parameters": {param.name: _param(param) for param in model.params()},
+        "parameters": {param.name: _param(param, model.checkpoint_layer) for param in model.params()},
     }
 
 
@@ -79,9 +79,9 @@ def _rope(rope: nodes.Rope) -> Rows:
         "attention_factor": _number(rope.attention_factor),
     }
     if not follows_length(rope.scaling):
-        return rows | {"inv_freq": _ends(frequencies(rope, 1))}
+        return rows | {"inv_freq": _quartiles(frequencies(rope, 1))}
     for length in _telling_lengths(rope.scaling):
-        rows[f"inv_freq for {length} tokens"] = _ends(frequencies(rope, length))
+        rows[f"inv_freq for {length} tokens"] = _quartiles(frequencies(rope, length))
     return rows
 
 
@@ -134,17 +134,14 @@ def _head(head: nodes.Head) -> str:
             return "last token's hidden state" + (", L2-normalised" if head.normalize else "")
 
 
-def _param(param: nodes.Param) -> str:
+def _param(param: nodes.Param, checkpoint_layer: str) -> str:
     parts = ", ".join(f"{part.name} {part.rows}" for part in param.parts)
     fused = f"  ({parts})" if len(param.parts) > 1 else ""
-    tensors = _braces([_without_index(source.tensor, param.name) for source in param.sources])
-    return f"{list(param.shape)!s:15} {param.dtype} {param.shard.value:9} {tensors}{fused}"
-
-
-def _without_index(tensor: str, address: str) -> str:
-    """The tensor's name with `{i}` for the index of the layer that `address` is in."""
-    layer = IN_LAYER.fullmatch(address)
-    return re.sub(rf"(?<![^\W_]){layer[1]}(?![^\W_])", "{i}", tensor, count=1) if layer else tensor
+    tensors = [source.tensor for source in param.sources]
+    if layer := IN_LAYER.fullmatch(param.name):
+        own = checkpoint_layer.replace("{i}", layer[1])
+        tensors = [checkpoint_layer + tensor.removeprefix(own) for tensor in tensors]
+    return f"{list(param.shape)!s:15} {param.dtype} {param.shard.value:9} {_braces(tensors)}{fused}"
 
 
 def _braces(names: list[str]) -> str:
@@ -168,20 +165,22 @@ def _changes(before: Rows, after: Rows, shared: Collection[int]) -> dict[str, tu
 
 
 def _blocks(rows: Mapping[str, T]) -> Iterator[tuple[str, list[tuple[str, T]]]]:
-    """Heading and rows: layers with equal rows once, under their indices; rows of no layer under no heading."""
-    for is_layer, run in groupby(rows.items(), key=lambda row: IN_LAYER.fullmatch(row[0]) is not None):
-        if not is_layer:
-            yield "", list(run)
-            continue
-        layers: defaultdict[int, list[tuple[str, T]]] = defaultdict(list)
-        for address, text in run:
-            _, index, rest = address.split(".", 2)
-            layers[int(index)].append((f"  {rest}", text))
-        alike: defaultdict[tuple[tuple[str, T], ...], list[int]] = defaultdict(list)
-        for number, found in layers.items():
-            alike[tuple(found)].append(number)
-        for block, indices in alike.items():
-            yield f"layers {spans(indices)}", list(block)
+    """Heading and rows: layers that are alike once, under their indices; what is in no layer round them."""
+    layers: defaultdict[int, list[tuple[str, T]]] = defaultdict(list)
+    above: list[tuple[str, T]] = []
+    below: list[tuple[str, T]] = []
+    for address, text in rows.items():
+        if layer := IN_LAYER.fullmatch(address):
+            layers[int(layer[1])].append((f"  {layer[2]}", text))
+        else:
+            (below if layers else above).append((address, text))
+    alike: defaultdict[tuple[tuple[str, T], ...], list[int]] = defaultdict(list)
+    for index, block in layers.items():
+        alike[tuple(block)].append(index)
+    yield "", above
+    for group, indices in alike.items():
+        yield f"layers {spans(indices)}", list(group)
+    yield "", below
 
 
 def spans(indices: Sequence[int]) -> str:
@@ -199,9 +198,8 @@ def _number(value: float) -> str:
     return f"{value:.12g}"
 
 
-def _ends(values: Sequence[float]) -> str:
-    """The first two and the last of a list, and its length."""
-    shown = [_number(value) for value in values]
-    if len(shown) > 3:
-        shown[2:-1] = ["…"]
-    return f"[{', '.join(shown)}] ({len(values)})"
+def _quartiles(values: Sequence[float]) -> str:
+    """Five values of a list with their indices, evenly spread from the first to the last."""
+    last = len(values) - 1
+    indices = dict.fromkeys(last * quarter // 4 for quarter in range(5))
+    return ", ".join(f"[{i}] {_number(values[i])}" for i in indices)

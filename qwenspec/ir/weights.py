@@ -40,26 +40,11 @@ def modules(layout: Layout, num_layers: int) -> Modules:
     return found
 
 
-def sources(names: tuple[str, ...], suffix: str, address: str, parts: tuple[Part, ...]) -> tuple[Source, ...]:
-    """Tensors of one parameter: one a part, or a single one that holds all parts on disk too.
-
-    Raises SpecError (`layout-names`) when the layout gives the module any other number of names.
-    """
+def sources(names: tuple[str, ...], suffix: str, parts: tuple[Part, ...]) -> tuple[Source, ...]:
+    """The tensors of one parameter: one a part, or a single one that holds all parts on disk too."""
     if len(names) == 1:
         return (Source(f"{names[0]}.{suffix}", sum(part.rows for part in parts)),)
-    if len(names) != len(parts):
-        wanted = ", ".join(part.name for part in parts)
-        raise SpecError(
-            [
-                Diagnostic(
-                    "layout-names",
-                    f"the checkpoint layout names {len(names)} modules for {address}, "
-                    f"which is made of {len(parts)} ({wanted})",
-                    hint="give one name for each, in that order"
-                    + (", or a single name when they are one tensor on disk" if len(parts) > 1 else ""),
-                )
-            ]
-        )
+    assert len(names) == len(parts), f"the spec's rules let {names} through for {parts}"
     return tuple(Source(f"{name}.{suffix}", part.rows) for name, part in zip(names, parts, strict=True))
 
 
@@ -74,7 +59,7 @@ def check_distinct(params: Iterable[Param]) -> None:
                     Diagnostic(
                         "tensor-read-twice",
                         f"the checkpoint layout gives {source.tensor} to both {first} and {param.name}",
-                        hint="give each its own name; the layer's name needs {i}, the layer's index",
+                        hint="give each module its own name in the layout",
                     )
                 )
             reader[source.tensor] = param.name

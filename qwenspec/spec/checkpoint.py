@@ -2,42 +2,45 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from qwenspec.spec.base import Model
 
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Name = Annotated[str, Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 class AttentionNames(Model):
     """Module names inside a layer. `qkv`: three names (q, k, v), or one that is fused on disk in that order."""
 
     qkv: Names
-    o: str
-    q_norm: str | None = None
-    k_norm: str | None = None
+    o: Name
+    q_norm: Name | None = None
+    k_norm: Name | None = None
 
 
 class MlpNames(Model):
     """`gate_up`: two names, the gate (the half that is activated) first, or one fused in that order."""
 
     gate_up: Names
-    down: str
+    down: Name
 
 
 class Layout(Model):
     """Module names of a checkpoint; `.weight` and `.bias` are appended. `{i}` in `layer` is the layer's index."""
 
-    embedding: str
-    layer: str
-    input_norm: str
+    embedding: Name
+    layer: Name
+    input_norm: Name
     attention: AttentionNames
-    post_attention_norm: str
+    post_attention_norm: Name
     mlp: MlpNames
-    norm: str
-    lm_head: str
+    norm: Name
+    lm_head: Name
     ignore: tuple[str, ...] = Field(
         default=(), description="Patterns (fnmatch) of tensors that a checkpoint may hold and nobody reads."
     )
@@ -47,3 +50,9 @@ class Checkpoint(Model):
     """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself."""
 
     layout: str | Layout
+
+
+@cache
+def builtin_layouts() -> dict[str, Path]:
+    """The layouts that come with qwenspec: name -> YAML file."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "layouts").glob("*.yaml"))}

@@ -1,17 +1,59 @@
-"""A spec: one variant of a family, merged and validated."""
+"""A spec file as people write it, and a spec: one of its variants, merged and validated."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Model
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.quantization import Quantization
+
+
+Extends = Field(
+    default=None,
+    min_length=1,
+    description="Start from another variant: `other.yaml#variant` (relative to this file) or `#variant`.",
+)
+
+
+class Variant(Model):
+    """What a variant says beside the keys of an architecture, which it may all have."""
+
+    model_config = ConfigDict(extra="allow")
+
+    description: str = Field(default="", description="What this variant is, for people.")
+    extends: str | None = Extends
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="How the weights are quantised; merged over the file's."
+    )
+
+
+class Document(Model):
+    """A family of decoders: what its variants share, and the variants."""
+
+    schema_version: Literal[1] = Field(description="The version of this format.")
+    family: str = Field(
+        min_length=1, description="The family's name; the only variant's when there are no `variants`."
+    )
+    description: str = Field(default="", description="What the family is, for people.")
+    extends: str | None = Extends
+    default_variant: str | None = Field(
+        default=None, description="The variant that is meant when none is named."
+    )
+    architecture: dict[str, Any] = Field(
+        default={}, description="What all variants share; a variant may override any key."
+    )
+    quantization: dict[str, Any] | None = Field(
+        default=None, description="How the weights are quantised; null: not at all."
+    )
+    variants: dict[str, Variant | None] | None = Field(
+        default=None, description="Each variant's name, and its differences from the shared architecture."
+    )
 
 
 class Spec(Model):

@@ -1,32 +1,131 @@
-"""Read spec files: positions, `extends`, variants, merge, validation."""
+"""Read spec files: one variant, or all of them with every mistake of the file."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import yaml
-
-from qwenspec.spec.checkpoint import Layout
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
+from qwenspec.source import Entry, Mapping, Scalar, at, place
+from qwenspec.spec.check import check
 from qwenspec.spec.document import Spec
+from qwenspec.spec.explain import Finding
+from qwenspec.spec.files import Files, SpecFile, variant_named
+from qwenspec.spec.rules import RULES
+
+MAX_DIAGNOSTICS = 100
+_RULE_CODES = {rule.code for rule in RULES}
 
 
 def load(path: str | Path, variant: str | None = None) -> Spec:
-    """The spec of one variant (default: the file's default_variant)."""
-    # Provisional: to be replaced by the version with diagnostics.
-    doc = yaml.safe_load(Path(path).read_text())
-    name = variant or doc["default_variant"]
-    layouts = Path(__file__).parent / "layouts"
+    """The spec of one variant; without a name, the one after `#` in `path`, else the file's default.
 
-    def merge(a: Any, b: Any) -> Any:
-        if isinstance(a, dict) and isinstance(b, dict):
-            return {k: merge(a[k], b[k]) if k in a and k in b else b.get(k, a.get(k)) for k in {**a, **b}}
-        return b
+    Raises SpecError with every mistake of the variant and of what its file says for all.
+    """
+    name, chosen = _split(path, variant)
+    files = Files()
+    file = files.open(name)
+    variant = variant_named(file, chosen)
+    return _specs(files, file, {variant: file.variants()[variant]})[0]
 
-    arch = merge(doc["architecture"], doc["variants"][name])
-    layout = arch.get("checkpoint", {"layout": "qwen2"})["layout"]
-    if isinstance(layout, str):
-        layout = yaml.safe_load((layouts / f"{layout}.yaml").read_text())
-    return Spec.model_validate(
-        {"family": doc["family"], "variant": name, "architecture": arch, "quantization": doc.get("quantization"),
-         "layout": Layout.model_validate(layout, strict=False), "file": str(path)}, strict=False)
+
+def load_all(path: str | Path) -> list[Spec]:
+    """The specs of all variants in the file's order. Raises SpecError with every mistake of the file."""
+    files = Files()
+    file = files.open(str(path))
+    return _specs(files, file, file.variants())
+
+
+def variants(path: str | Path) -> list[str]:
+    """The names of a file's variants, in its order. Raises SpecError when the file cannot be parsed."""
+    return list(Files().open(str(path)).variants())
+
+
+def _split(path: str | Path, variant: str | None) -> tuple[str, str | None]:
+    name, mark, chosen = str(path).rpartition("#")
+    if not mark or os.path.exists(path):
+        return str(path), variant
+    if variant is not None and variant != chosen:
+        message = f"two variants are named: `{chosen}` in the path, and `{variant}`"
+        raise SpecError([Diagnostic("two-variants", message, Location(name, 0, 0), "name one")])
+    return name, chosen
+
+
+def _specs(files: Files, file: SpecFile, chosen: dict[str, Entry]) -> list[Spec]:
+    specs: list[Spec] = []
+    findings: dict[str, list[Finding]] = {}
+    for name, entry in chosen.items():
+        if not _mergeable(file, entry) or sum(map(len, findings.values())) > MAX_DIAGNOSTICS:
+            continue
+        try:
+            merged = files.merged(file, name)
+        except SpecError as error:
+            findings[name] = [Finding((), diagnostic) for diagnostic in error.diagnostics]
+            continue
+        own = at(entry.value, ("description",))
+        described = own.value if isinstance(own, Scalar) and isinstance(own.value, str) else None
+        text = file.text("description") or "" if described is None else described
+        spec, findings[name] = check(merged, name, file.text("family") or "", text, file.name)
+        specs += [spec] if spec else []
+    problems = file.problems + _told_once(findings, file)
+    if problems:
+        raise SpecError(_sorted(problems, file.name))
+    return specs
+
+
+def _mergeable(file: SpecFile, entry: Entry) -> bool:
+    """Are the things to be merged mappings? If not, that has been told, and what follows from it would be noise."""
+    nodes = (entry.value, file.root.get("architecture"))
+    return all(
+        n is None or isinstance(n, Mapping) or (isinstance(n, Scalar) and n.value is None) for n in nodes
+    )
+
+
+def _told_once(findings: dict[str, list[Finding]], file: SpecFile) -> list[Diagnostic]:
+    """A mistake that several variants share is told once; one between fields names the variants that have it."""
+    groups: dict[object, list[tuple[str, Finding]]] = {}
+    for variant, found in findings.items():
+        for finding in found:
+            diagnostic = finding.diagnostic
+            same = finding.path if diagnostic.code == "missing-key" else diagnostic.location
+            groups.setdefault((diagnostic.code, same), []).append((variant, finding))
+
+    told: list[Diagnostic] = []
+    for group in groups.values():
+        variants = list(dict.fromkeys(name for name, _ in group))
+        everywhere = len(variants) == len(findings)
+        first, *others = dict.fromkeys(finding.diagnostic for _, finding in group)
+        if first.code == "missing-key":
+            # What every variant lacks, the shared part lacks.
+            shared = replace(first, location=place(file.root, group[0][1].path))
+            told += [shared] if everywhere and others else [first, *others]
+        elif first.code in _RULE_CODES and (others or not everywhere):
+            told.append(replace(first, message=f"{first.message} ({_named(variants)})"))
+        else:
+            told.append(first)
+    return told
+
+
+def _named(variants: list[str]) -> str:
+    if len(variants) > 3:
+        return f"variants {listed(variants[:3], ',')} and {len(variants) - 3} more".replace(" ,", ",")
+    return f"variants {listed(variants, 'and')}" if variants[1:] else f"variant `{variants[0]}`"
+
+
+def _sorted(diagnostics: Iterable[Diagnostic], first_file: str) -> list[Diagnostic]:
+    """By position, this file before those that it extends, and no more than anyone would read."""
+
+    def position(diagnostic: Diagnostic) -> tuple[bool, str, int, int]:
+        at = diagnostic.location or Location(first_file, 0, 0)
+        return at.file != first_file, at.file, at.line, at.column
+
+    unique: dict[object, Diagnostic] = {}
+    for d in diagnostics:
+        unique.setdefault((d.code, d.location, d.message if d.code == "missing-key" else ""), d)
+    ordered = sorted(unique.values(), key=position)
+    if len(ordered) <= MAX_DIAGNOSTICS:
+        return ordered
+    message = f"only the first {MAX_DIAGNOSTICS} mistakes are told"
+    return [*ordered[:MAX_DIAGNOSTICS], Diagnostic("too-many-errors", message, Location(first_file, 0, 0))]

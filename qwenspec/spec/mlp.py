@@ -15,6 +15,7 @@ class Mlp(Model):
     """down(act(gate(x)) · up(x))."""
 
     activation: Activation = Field(
-        default="silu", description="swish is silu; gelu_new and gelu_pytorch_tanh are the tanh approximation."
+        default="silu",
+        description="swish is silu; gelu_new and gelu_pytorch_tanh are the tanh approximation.",
     )
     bias: bool = Field(default=False, description="A bias on gate, up and down.")

@@ -11,7 +11,8 @@ from qwenspec.spec.base import Model, PositiveInt
 
 class _Quantized(Model):
     skip: tuple[str, ...] = Field(
-        default=(), description="Checkpoint module names left in full precision, beside embeddings, norms and head."
+        default=(),
+        description="Checkpoint module names left in full precision, beside embeddings, norms and head.",
     )
 
 

@@ -36,7 +36,9 @@ class DynamicQwen1(Model):
     """Qwen-1's dynamic NTK: a power-of-two step chosen from the prompt's length and then kept."""
 
     kind: Literal["dynamic_qwen1"]
-    train_length: PositiveInt = Field(description="The length trained on: seq_length in Qwen-1's config.json.")
+    train_length: PositiveInt = Field(
+        description="The length trained on: seq_length in Qwen-1's config.json."
+    )
 
 
 class Yarn(Model):
@@ -61,7 +63,7 @@ class LongRope(Model):
     kind: Literal["longrope"]
     short_factor: tuple[PositiveFloat, ...]
     long_factor: tuple[PositiveFloat, ...]
-    original_max_position_embeddings: PositiveInt
+    original_max_position_embeddings: Annotated[int, Field(gt=1)]
     factor: Factor | None = Field(
         default=None, description="null: max_position_embeddings / original_max_position_embeddings."
     )
@@ -88,7 +90,9 @@ RopeScaling = Annotated[
 class Rope(Model):
     """Rotate-half rotary embedding of the first partial_rotary_factor · head_dim values of each head."""
 
-    theta: Annotated[float, Field(gt=1.0)] = Field(description="The base. There is no default: families differ.")
+    theta: Annotated[float, Field(gt=1.0)] = Field(
+        description="The base. There is no default: families differ."
+    )
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     compute_dtype: Literal["activation", "float32"] = Field(
         default="activation",

@@ -1,9 +1,9 @@
 """Hugging Face transformers as the oracle of a spec: config, random weights, checkpoint folder, logits.
 
-Everything here follows from the spec directly, not through `qwenspec.ir` or `qwenspec.hf`. The class is Qwen3's
-where queries and keys are normalised, else Qwen2's. What those classes lack is added from outside, where it is
-an exact consequence of what they have: any bias, the score scale, 1 + w norms (w plus one is stored), fixed and
-Qwen-1 NTK (a larger theta), LogN (RoPE is linear, so the query may be scaled before it).
+Everything here follows from the spec directly, without `qwenspec.ir` and `qwenspec.hf`. The class is Qwen3's
+where queries and keys are normalised, else Qwen2's. What they lack is added from outside, where it follows
+exactly from what they have: any bias, the score scale, 1 + w norms (w plus one is stored), fixed and Qwen-1
+NTK (a larger theta), LogN (RoPE is linear, so the query may be scaled before it).
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ class Oracle:
         return {name: tensor.numpy() for name, tensor in self.state.items()}
 
     def save(self, folder: Path, dtype: torch.dtype = torch.float32, shards: int = 1) -> Path:
-        """Write a checkpoint folder: `shards` safetensors files, and config.json where HF has the model type."""
+        """Write a checkpoint folder of `shards` safetensors files, with config.json unless it is Qwen-1's."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.to(dtype).contiguous() for name, tensor in self.state.items()}
         files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]

@@ -159,6 +159,14 @@ def test_partial_rotation_leaves_the_rest_of_each_head():
         close(turned[3, 0, pair + 2], a * math.sin(angle) + b * math.cos(angle))
 
 
+def test_attention_factor_scales_queries_and_keys():
+    settings = {"kind": "yarn", "factor": 2.0, "original_max_position_embeddings": 8}
+    plain = reference(rope=settings | {"attention_factor": 1.0}).taps(IDS[:4])
+    scaled = reference(rope=settings | {"attention_factor": 1.5}).taps(IDS[:4])
+    for name in ("q", "k"):
+        close(scaled[f"layers.0.attention.{name}"], 1.5 * plain[f"layers.0.attention.{name}"])
+
+
 def test_logn_scales_late_queries_alone():
     plain = reference().taps(IDS[:16])
     scaled = reference(attention={"head_dim": HEAD_DIM, "logn": {"train_length": 4}}).taps(IDS[:16])

@@ -199,28 +199,33 @@ def test_longrope_attention_factor(changes, max_position, expected):
     assert attention_factor(longrope(**changes), max_position) == pytest.approx(expected, rel=1e-12)
 
 
-def test_llama3_of_llama31():
-    """By wavelength: beyond 8192/1 divided by 8, below 8192/4 left alone, between blended."""
+@pytest.mark.parametrize(
+    ("theta", "dim", "original"),
+    [(5e5, 128, 8192), (20.0, 512, 40)],
+    ids=["llama-3.1", "many pairs at both ends of the blend"],
+)
+def test_llama3(theta, dim, original):
+    """By wavelength: beyond original/1 divided by 8, below original/4 left alone, between blended."""
     scaling = Llama3(
         kind="llama3",
         factor=8.0,
         low_freq_factor=1.0,
         high_freq_factor=4.0,
-        original_max_position_embeddings=8192,
+        original_max_position_embeddings=original,
     )
     expected = []
-    for i in range(64):
-        wavelength = 2 * mp.pi * mp.root(mpf(500000), 64) ** i
-        if wavelength > 8192:
+    for i in range(dim // 2):
+        wavelength = 2 * mp.pi * mp.root(mpf(theta), dim // 2) ** i
+        if wavelength > original:
             expected.append(mpf(8))
-        elif wavelength < 2048:
+        elif wavelength < mpf(original) / 4:
             expected.append(mpf(1))
         else:
-            share = (8192 / wavelength - 1) / 3
+            share = (original / wavelength - 1) / 3
             expected.append(1 / ((1 - share) / 8 + share))
-    assert len({float(e) for e in expected}) > 4  # some lie between
-    actual = slowing(5e5, 128, scaling)
-    np.testing.assert_allclose([float(s) for s in actual], [float(s) for s in expected], **EXACT)
+    assert {1.0, 8.0} < {float(e) for e in expected}  # and some lie between
+    actual = slowing(theta, dim, scaling)
+    np.testing.assert_allclose([float(s) for s in actual], [float(e) for e in expected], **EXACT)
 
 
 @pytest.mark.parametrize(

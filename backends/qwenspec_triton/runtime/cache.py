@@ -41,13 +41,13 @@ class Batch:
 @dataclass
 class _Sequence:
     length: int = 0
-    pages: list[int] = field(default_factory=list)  # -1 for a page given back
+    pages: list[int] = field(default_factory=list)
     if DYNAMIC_ROPE:
         prompt_length: int = 0  # as told to add_sequence, or 0
     if FROZEN_ROPE:
         rope_length: int = 0  # the length that chose the frequencies
     if EVICTS:
-        evicted: int = 0  # leading pages given back
+        evicted: int = 0  # leading pages given back, whose numbers are -1
 
 
 class PagedKVCache:
@@ -81,7 +81,8 @@ class PagedKVCache:
         self.graphs = graphs  # captured decode steps over these pages
         self.batch: Batch | None = None
         self._sequences: dict[int, _Sequence] = {}
-        self._free = list(range(num_pages))  # a heap: low pages first, so that a lone sequence lies in one piece
+        # A heap: low pages go first, so that a lone sequence lies in one piece.
+        self._free = list(range(num_pages))
         self._users: Counter[int] = Counter()  # sequences that hold a page
         if DYNAMIC_ROPE:
             self._inverse_frequencies = inverse_frequencies
@@ -94,6 +95,8 @@ class PagedKVCache:
         [DYNAMIC_ROPE] `prompt_length`: the whole prompt's length, when it will be prefilled in chunks; the rotary
         [DYNAMIC_ROPE] frequencies are then those of the prompt, however it is cut."""
         self._check_new(seq_id)
+        if prompt_length is not None and prompt_length < 1:
+            raise ValueError(f"prompt_length is {prompt_length}; a prompt has a token at least")
         sequence = _Sequence()
         if DYNAMIC_ROPE:
             sequence.prompt_length = prompt_length or 0
@@ -101,7 +104,8 @@ class PagedKVCache:
 
     def remove_sequence(self, seq_id: int) -> None:
         """Forget a sequence and give its pages back."""
-        self._give_back(self._sequence(seq_id).pages)
+        sequence = self._sequence(seq_id)
+        self._give_back(sequence.pages[sequence.evicted :] if EVICTS else sequence.pages)
         del self._sequences[seq_id]
 
     def fork_sequence(self, parent: int, child: int, at: int = -1) -> None:
@@ -114,7 +118,7 @@ class PagedKVCache:
         if EVICTS:
             self._check_window(source, at)
         pages = source.pages[: -(-at // self.page_size)]
-        self._users.update(page for page in pages if page >= 0)
+        self._users.update(pages[source.evicted :] if EVICTS else pages)
         copy = _Sequence(at, pages)
         if DYNAMIC_ROPE:
             copy.prompt_length = source.prompt_length
@@ -141,16 +145,19 @@ class PagedKVCache:
 
         Raises OutOfPages, and then nothing has changed."""
         sequences = self._check_forward(seq_ids, lengths)
+        copies = self._pages_to_copy(sequences)
+        growth = [self._missing_pages(s, n) for s, n in zip(sequences, lengths, strict=True)]
+        needed, free = len(copies) + sum(growth), len(self._free)
+        if EVICTS:
+            free += self._evictable(sequences)
+        if needed > free:
+            raise OutOfPages(
+                f"{needed} pages of {self.page_size} tokens are needed and {free} of {self.pages.shape[2]} are free: "
+                "remove sequences, or raise max_total_seq_len"
+            )
         if EVICTS:
             for sequence in sequences:
                 self._evict(sequence)
-        copies = self._pages_to_copy(sequences)
-        growth = [self._missing_pages(s, n) for s, n in zip(sequences, lengths, strict=True)]
-        if len(copies) + sum(growth) > len(self._free):
-            raise OutOfPages(
-                f"{len(copies) + sum(growth)} pages of {self.page_size} tokens are needed and {len(self._free)} of "
-                f"{self.pages.shape[2]} are free: remove sequences, or raise max_total_seq_len"
-            )
         for sequence in copies:
             self._copy_last_page(sequence)
         for sequence, pages, length in zip(sequences, growth, lengths, strict=True):
@@ -197,7 +204,7 @@ class PagedKVCache:
         if len(set(seq_ids)) != len(seq_ids):
             raise ValueError(f"a sequence appears twice in {list(seq_ids)}")
         if min(lengths) < 1:
-            raise ValueError("every sequence of a forward needs a new token; to see a cached prompt's logits again, popn 1")
+            raise ValueError("a sequence of a forward needs a new token: to see a cached prompt's logits, popn 1")
         if sum(lengths) > self.max_tokens:
             raise ValueError(f"{sum(lengths)} tokens in one forward, at most {self.max_tokens}: prefill in chunks")
         return [self._sequence(seq_id) for seq_id in seq_ids]
@@ -211,8 +218,6 @@ class PagedKVCache:
 
     def _give_back(self, pages: Sequence[int]) -> None:
         for page in pages:
-            if page < 0:
-                continue
             self._users[page] -= 1
             if not self._users[page]:
                 heapq.heappush(self._free, page)
@@ -238,15 +243,23 @@ class PagedKVCache:
 
     if EVICTS:
 
-        def _evict(self, sequence: _Sequence) -> None:
-            """Give back the pages that no query from `length` on can see."""
+        def _behind_window(self, sequence: _Sequence) -> range:
+            """Indices of the pages still held that no query from `length` on can see."""
             if self._evict_window is None:
-                return
-            first_visible = max(sequence.length - self._evict_window + 1, 0) // self.page_size
-            self._give_back(sequence.pages[sequence.evicted : first_visible])
-            for i in range(sequence.evicted, first_visible):
+                return range(0)
+            first_visible = max(sequence.length - self._evict_window + 1, 0)
+            return range(sequence.evicted, first_visible // self.page_size)
+
+        def _evictable(self, sequences: Sequence[_Sequence]) -> int:
+            """How many pages these sequences would free."""
+            dropped = Counter(s.pages[i] for s in sequences for i in self._behind_window(s))
+            return sum(count == self._users[page] for page, count in dropped.items())
+
+        def _evict(self, sequence: _Sequence) -> None:
+            for i in self._behind_window(sequence):
+                self._give_back([sequence.pages[i]])
                 sequence.pages[i] = -1
-            sequence.evicted = max(sequence.evicted, first_visible)
+                sequence.evicted = i + 1
 
         def _check_window(self, sequence: _Sequence, length: int) -> None:
             first = length - self._evict_window + 1 if self._evict_window else 0
@@ -264,17 +277,17 @@ class PagedKVCache:
             for p in range(s.length - n, s.length)
         ]
         width = max(len(s.pages) for s in sequences)
-        block_tables = [max(page, 0) for s in sequences for page in s.pages + [0] * (width - len(s.pages))]
+        block_tables = [page for s in sequences for page in s.pages + [0] * (width - len(s.pages))]
         kv_lens = [s.length for s in sequences]
         q_starts = [0]
         for n in lengths:
             q_starts.append(q_starts[-1] + n)
         # One transfer for all of them.
         fields = (positions, slots, block_tables, kv_lens, q_starts)
-        flat = torch.tensor([i for field in fields for i in field], dtype=torch.int64)
+        flat = torch.tensor([i for numbers in fields for i in numbers], dtype=torch.int64)
         if self.pages.is_cuda:
             flat = flat.pin_memory().to(self.pages.device, non_blocking=True)
-        position, slot, table, kv_len, q_start = flat.split([len(field) for field in fields])
+        position, slot, table, kv_len, q_start = flat.split([len(numbers) for numbers in fields])
         batch = Batch(position, slot, table.view(len(sequences), width), kv_len, q_start, max(lengths))
         if DYNAMIC_ROPE:
             batch.inv_freq = self._frequencies(sequences, lengths)

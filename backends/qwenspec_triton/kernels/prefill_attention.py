@@ -1,0 +1,184 @@
+"""Causal attention of several new tokens a sequence over its paged keys and values, prefix included."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import tl, triton, use_triton
+from .paged import sequence_kv
+
+SLIDING = tl.constexpr(True)  # flag: some layer has a sliding window
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    q_starts: Tensor,
+    kv_lens: Tensor,
+    max_q_len: int,
+    scale: float,
+    window: int | None,
+) -> Tensor:
+    """softmax(scale · q Kᵀ) V of each sequence's new tokens, in float32; a token sees those up to itself.
+
+    [SLIDING] With a window, the token at position p sees p - window + 1 … p.
+
+    q: [n, num_heads, head_dim], contiguous: the new tokens of all sequences, one sequence after the other
+    k_pages, v_pages: [pages, page_size, num_kv_heads, head_dim], contiguous; the new tokens are already there
+    block_tables: [b, max_blocks] int, each sequence's page numbers, contiguous
+    q_starts: [b + 1] int, the first new token of each sequence, and n
+    kv_lens: [b] int, tokens of each sequence, the new ones included
+    max_q_len: the most new tokens of one sequence
+    scale: of the scores, usually 1 / sqrt(head_dim)
+    [SLIDING] window: how many of the last tokens are seen, or None for all
+    -> [n, num_heads · head_dim]
+    """
+    n, heads, head_dim = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    b, max_blocks = block_tables.shape
+    if SLIDING:
+        window = max_blocks * page_size if window is None else window
+    if not use_triton(q):
+        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale, window)
+    for tensor in (q, k_pages, v_pages, block_tables):
+        assert tensor.is_contiguous()
+    block_dim = triton.next_power_of_2(head_dim)
+    wide = block_dim * q.element_size() > 256
+    block_m = 64 if wide or max_q_len <= 64 else 128
+    out = q.new_empty(n, heads * head_dim)
+    _prefill_kernel[(heads, b, triton.cdiv(max_q_len, block_m))](
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        q_starts,
+        kv_lens,
+        out,
+        scale,
+        max_blocks,
+        window,
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        BLOCK_DIM=block_dim,
+        BLOCK_M=block_m,
+        BLOCK_N=32 if wide else 64,
+        num_warps=block_m // 16,
+        num_stages=2,
+    )
+    return out
+
+
+def _prefill_attention_torch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    q_starts: Tensor,
+    kv_lens: Tensor,
+    scale: float,
+    window: int,
+) -> Tensor:
+    out = torch.empty_like(q)
+    starts = q_starts.tolist()
+    for i, length in enumerate(kv_lens.tolist()):
+        new = slice(starts[i], starts[i + 1])
+        prefix = length - (new.stop - new.start)
+        if new.start == new.stop:
+            continue
+        first = max(prefix - window + 1, 0) if SLIDING else 0  # the first key that some new token sees
+        k, v = sequence_kv(k_pages, v_pages, block_tables[i], first, length)
+        causal = prefix == 0 and length <= window if SLIDING else prefix == 0
+        mask = None
+        if not causal:
+            key, query = torch.arange(first, length), torch.arange(prefix, length).unsqueeze(1)
+            mask = key <= query
+            if SLIDING:
+                mask &= key > query - window
+        attended = F.scaled_dot_product_attention(
+            q[new].transpose(0, 1).unsqueeze(0),
+            k.unsqueeze(0),
+            v.unsqueeze(0),
+            attn_mask=mask,
+            is_causal=causal,
+            scale=scale,
+            enable_gqa=True,
+        )
+        out[new] = attended[0].transpose(0, 1)
+    return out.flatten(1)
+
+
+@triton.jit
+def _prefill_kernel(
+    q_ptr,
+    k_pages_ptr,
+    v_pages_ptr,
+    block_tables_ptr,
+    q_starts_ptr,
+    kv_lens_ptr,
+    out_ptr,
+    scale,
+    max_blocks,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Grid (query heads, sequences, blocks of new tokens), last block first: it has the most keys."""
+    head = tl.program_id(0)
+    sequence = tl.program_id(1)
+    block_m = tl.num_programs(2) - 1 - tl.program_id(2)
+    q_start = tl.load(q_starts_ptr + sequence).to(tl.int64)
+    q_len = (tl.load(q_starts_ptr + sequence + 1) - q_start).to(tl.int32)
+    if block_m * BLOCK_M >= q_len:
+        return
+    kv_len = tl.load(kv_lens_ptr + sequence).to(tl.int32)
+    kv_head = head // (HEADS // KV_HEADS)
+
+    m = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_DIM)
+    n = tl.arange(0, BLOCK_N)
+    mask = (m < q_len)[:, None] & (d < HEAD_DIM)[None, :]
+    row = ((q_start + m) * HEADS + head)[:, None] * HEAD_DIM
+    q = tl.load(q_ptr + row + d[None, :], mask=mask, other=0.0)
+    query = kv_len - q_len + m
+    if SLIDING:
+        oldest = tl.maximum(kv_len - q_len + block_m * BLOCK_M - window + 1, 0)
+    stop = tl.minimum(kv_len - q_len + (block_m + 1) * BLOCK_M, kv_len)
+    table_ptr = block_tables_ptr + sequence.to(tl.int64) * max_blocks
+    # A finite start keeps exp2(peak - new_peak) from becoming NaN in blocks where a query sees no key.
+    peak = tl.full([BLOCK_M], -1.0e30, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DIM], tl.float32)
+    for block in range(oldest // BLOCK_N * BLOCK_N if SLIDING else 0, stop, BLOCK_N):
+        key = block + n
+        # What no query of this block sees is not loaded: unused pages may hold NaN, and 0 · NaN is NaN.
+        seen = key < stop
+        if SLIDING:
+            seen = seen & (key >= oldest)
+        page = tl.load(table_ptr + key // PAGE_SIZE, mask=seen, other=0).to(tl.int64)
+        offset = ((page * PAGE_SIZE + key % PAGE_SIZE) * KV_HEADS + kv_head) * HEAD_DIM
+        kv_mask = seen[:, None] & (d < HEAD_DIM)[None, :]
+        k = tl.load(k_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        v = tl.load(v_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        visible = key[None, :] <= query[:, None]
+        if SLIDING:
+            visible = visible & (key[None, :] > query[:, None] - window)
+        scores = tl.where(visible, scores, -float("inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        peak = new_peak
+
+    out = acc / total[:, None]
+    tl.store(out_ptr + row + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,280 @@
+"""The command line: parse and call. What a command does is in qwenspec.commands, imported when it runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import qwenspec
+from qwenspec.commands import console
+from qwenspec.commands.console import guarded
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+
+app = typer.Typer(
+    name="qwenspec",
+    help="A compiler from YAML specs of Qwen variants to standalone implementations.",
+    epilog="SPEC is file.yaml, or file.yaml#variant. Exit codes: 0 done, 1 a check said no, "
+    "2 bad usage or spec, 3 a backend is not installed, 70 a bug in qwenspec.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich doubles the time to start
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """The entry point of the `qwenspec` command."""
+    app()
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        console.show(f"qwenspec {qwenspec.__version__}")
+        raise typer.Exit()
+
+
+def _backends(incomplete: str) -> list[str]:
+    from qwenspec.backend.registry import installed
+
+    return [name for name in installed() if name.startswith(incomplete)]
+
+
+Spec = Annotated[str, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")]
+Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: the file's default_variant.")]
+Backend = Annotated[
+    str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)
+]
+Weights = Annotated[
+    Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")
+]
+Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: the spec's.")]
+Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# --------------------------------------------------------------------------------------------------- packages
+
+
+@app.command()
+@guarded
+def gen(
+    spec: Annotated[str | None, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")] = None,
+    backend: Backend = "triton",
+    variant: Variant = None,
+    quantization: Annotated[
+        str | None, typer.Option(metavar="SCHEME", help="In place of the spec's.")
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = Path(
+        "generated"
+    ),
+    all_: Annotated[bool, typer.Option("--all", help="Everything in DIR/manifest.yaml.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say what differs, and exit 1.")
+    ] = False,
+    as_json: Json = False,
+) -> ExitCode | None:
+    """Write the package of a spec."""
+    from qwenspec.commands import packages
+    from qwenspec.commands.specs import pick
+
+    if (spec is None) != all_:
+        problem = "`gen` needs a SPEC, or --all" if spec is None else "`gen --all` takes no SPEC"
+        raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
+XX    strays = packages.stray(out, jobs) if all_ else []
+    if check:
+        return packages.compare(jobs, strays, as_json)
+    written = packages.write(jobs)
+    console.result(written, packages.written_text, as_json)
+    packages.warn(strays)
+    return None
+
+
+@app.command()
+@guarded
+def backends(as_json: Json = False) -> None:
+    """What is installed, on what it runs here, and why not."""
+    from qwenspec.commands import environment
+
+    console.result(environment.backends(), environment.backends_text, as_json)
+
+
+# ---------------------------------------------------------------------------------------------- writing specs
+
+
+@app.command()
+@guarded
+def validate(
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Spec files.")], as_json: Json = False
+) -> ExitCode:
+    """Every mistake in every file, each with its place and a way out."""
+    from qwenspec.commands import authoring
+
+    return authoring.validate(specs, as_json)
+
+
+@app.command()
+@guarded
+def schema(
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it there.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Only say how FILE differs, and exit 1.")
+    ] = False,
+) -> ExitCode:
+    """The JSON Schema of specs, for editors."""
+    from qwenspec.commands import authoring
+
+    return authoring.schema(out, check)
+
+
+@app.command("import")
+@guarded
+def import_(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json, or a checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="SPEC", help="Default: stdout.")] = None,
+    name: Annotated[str | None, typer.Option(help="The variant's name. Default: the folder's.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite SPEC.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The spec of a Hugging Face config. A key that nobody reads is an error."""
+    from qwenspec.commands import authoring
+
+    authoring.import_spec(config, name, out, force, as_json)
+
+
+# ---------------------------------------------------------------------------------------------- reading specs
+
+
+@app.command()
+@guarded
+def show(
+    spec: Spec,
+    variant: Variant = None,
+    ir: Annotated[bool, typer.Option("--ir", help="The whole resolved program instead.")] = False,
+    context: Annotated[int, typer.Option(min=1, help="Tokens that one sees, for FLOPs.")] = 4096,
+    as_json: Json = False,
+) -> None:
+    """Sizes, parameters, bytes and FLOPs a token."""
+    from qwenspec.commands import describe
+    from qwenspec.commands.specs import pick
+
+    picked = pick(spec, variant)
+    if ir and as_json:
+        console.show_json(describe.program(picked))
+    elif ir:
+        console.show(describe.program_text(picked))
+    else:
+        console.result(describe.show(picked, context), describe.show_text, as_json)
+
+
+@app.command()
+@guarded
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="file.yaml or file.yaml#variant")],
+    b: Annotated[str, typer.Argument(metavar="B", help="file.yaml or file.yaml#variant")],
+    as_json: Json = False,
+) -> None:
+    """What changes from one model to another."""
+    from qwenspec.commands import describe
+    from qwenspec.commands.specs import pick
+
+    before, after = pick(a), pick(b)
+    if as_json:
+        console.show_json(describe.differences(before, after))
+    else:
+        console.show(describe.differences_text(before, after))
+
+
+@app.command()
+@guarded
+def plan(
+    spec: Spec,
+    tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")] = 1,
+    context: Annotated[
+        int, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence.")
+    ] = 4096,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
+    variant: Variant = None,
+    as_json: Json = False,
+) -> None:
+    """Each rank's shapes and memory, or why the degree is illegal."""
+    from qwenspec.commands import describe
+    from qwenspec.commands.specs import pick
+
+    console.result(describe.plan(pick(spec, variant), tp, context, batch), describe.plan_text, as_json)
+
+
+# ---------------------------------------------------------------------------------------------------- running
+
+
+@app.command()
+@guarded
+def run(
+    spec: Spec,
+    weights: Weights,
+    prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch.")],
+    variant: Variant = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are messages to the chat template.")
+    ] = False,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 128.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Default: 0, which is greedy.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest, up to p.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(metavar="TOKEN", help="Stop at this token too.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Default: a GPU if there is one.")
+    ] = None,
+    dtype: Dtype = None,
+    backend: Backend = "triton",
+    as_json: Json = False,
+) -> None:
+    """Generate text, streamed."""
+    from qwenspec.commands import execute
+    from qwenspec.commands.specs import pick
+
+    single = {
+        "--weights": weights, "--max-tokens": max_tokens, "--temperature": temperature, "--top-k": top_k,
+        "--top-p": top_p, "--seed": seed, "--device": device, "--dtype": dtype,
+    }  # fmt: skip
+    arguments = [f"{name}={value}" for name, value in single.items() if value is not None]
+    arguments += [f"--prompt={text}" for text in prompt] + [f"--stop={token}" for token in stop or ()]
+    arguments += ["--chat"] * chat + ["--json"] * as_json
+    execute.run(pick(spec, variant), backend, arguments)
+
+
+@app.command()
+@guarded
+def logits(
+    spec: Spec,
+    weights: Weights,
+    ids: Annotated[str, typer.Option("--ids", metavar="1,2,3", help="Token ids.")],
+    variant: Variant = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE.npy", help="float32 [n, vocab].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
+    dtype: Dtype = None,
+    backend: Backend = "triton",
+    as_json: Json = False,
+) -> None:
+    """The logits of every position."""
+    from qwenspec.commands import execute
+    from qwenspec.commands.specs import pick
+
+    tokens = execute.token_ids(ids)
+    found = execute.logits(pick(spec, variant), backend, weights, tokens, device, dtype)
+    if out is not None:
+        execute.save(out, found)
+    if out is None or as_json:
+        console.result(execute.likeliest(tokens, found), execute.likeliest_text, as_json)

@@ -1,0 +1,285 @@
+"""`show`, `diff` and `plan`: facts of a model as data, and the text that shows them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.ir import cost, shard
+from qwenspec.ir.lower import lower
+from qwenspec.ir.nodes import EmbeddingHead, Model
+from qwenspec.ir.render import describe, render, spans
+from qwenspec.ir.render import diff as ir_diff
+from qwenspec.spec.document import Spec
+
+Data = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------------------- show
+
+
+def show(spec: Spec, context: int) -> Data:
+    """Sizes and costs, in full precision; FLOPs are those of a token that sees `context` tokens."""
+    model = lower(spec)
+    first, mlp, head = model.layers[0].mixer, model.layers[0].feed_forward, model.head
+    architecture = spec.architecture
+    return {
+        "variant": model.name,
+        "family": model.family,
+        "spec": model.spec_file,
+        "sha256": model.spec_sha256,
+        "dtype": model.dtype,
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.hidden_size,
+        "num_hidden_layers": len(model.layers),
+        "max_position_embeddings": model.max_position_embeddings,
+        "attention": {
+            "num_heads": first.num_heads,
+            "num_kv_heads": first.num_kv_heads,
+            "head_dim": first.head_dim,
+            "bias": architecture.attention.bias.model_dump(),
+            "qk_norm": architecture.attention.qk_norm,
+            "logn": asdict(first.logn) if first.logn else None,
+            "windows": _windows(model),
+        },
+        "rope": {
+            "theta": model.rope.theta,
+            "rotary_dim": model.rope.rotary_dim,
+            "compute_dtype": model.rope.compute_dtype,
+            "attention_factor": model.rope.attention_factor,
+            "scaling": architecture.rope.scaling.model_dump() if architecture.rope.scaling else None,
+        },
+        "mlp": architecture.mlp.model_dump()
+        | {"intermediate_size": model.layers[0].feed_forward.intermediate_size},
+        "head": "embedding"
+        if isinstance(model.head, EmbeddingHead)
+        else "tied"
+        if model.head.tied
+        else "linear",
+        "quantization": spec.quantization.model_dump() if spec.quantization else None,
+        "parameters": asdict(cost.count_parameters(model)),
+        "weight_bytes": cost.weight_bytes(model),
+        "kv_bytes_per_token": cost.kv_bytes_per_token(model),
+        "flops_per_token": {"context": context, "flops": cost.flops_per_token(model, context)},
+    }
+
+
+def _windows(model: Model) -> list[Data]:
+    """Every attention span and the layers that have it; null is the whole context."""
+    layers: dict[int | None, list[int]] = {}
+    for layer in model.layers:
+        layers.setdefault(layer.mixer.window, []).append(layer.index)
+    return [{"window": window, "layers": indices} for window, indices in layers.items()]
+
+
+def show_text(data: Data) -> str:
+    parameters, flops = data["parameters"], data["flops_per_token"]
+    attention, rope, mlp = data["attention"], data["rope"], data["mlp"]
+    head = {"tied": "tied to the embedding", "linear": f"{parameters['head']:,} parameters of its own"}
+    biases = [part for part, present in attention["bias"].items() if present]
+    features = ["per-head QK-norm"] * (attention["qk_norm"] == "per_head")
+    features += [f"bias on {' and '.join(biases)}"] if biases else []
+    features += [f"LogN beyond {attention['logn']['train_length']:,} tokens"] if attention["logn"] else []
+    layers = data["num_hidden_layers"]
+    rows = {
+        "parameters": f"{parameters['total']:,}",
+        "  embedding": f"{parameters['embedding']:,}  ({data['vocab_size']:,} × {data['hidden_size']:,})",
+        "  layers": f"{layers} × {parameters['per_layer']:,}",
+        "  head": head.get(data["head"], "none: the last token's hidden state"),
+        "weights": f"{_size(data['weight_bytes'])} in {data['dtype']}",
+        "KV cache": f"{_size(data['kv_bytes_per_token'])} a token",
+        "compute": f"{flops['flops'] / 1e9:,.2f} GFLOP a token that sees {flops['context']:,}",
+        "context": f"{data['max_position_embeddings']:,} tokens",
+        "attention": ", ".join([_heads(attention), *features]),
+        "  span": ", ".join(_window(entry, layers) for entry in attention["windows"]),
+        "rope": f"theta {rope['theta']:,.0f}, {rope['rotary_dim']} of {attention['head_dim']} values, "
+        f"tables in {rope['compute_dtype']}{_scaling(rope)}",
+        "mlp": f"{mlp['activation']}, width {mlp['intermediate_size']:,}" + ", with biases" * mlp["bias"],
+        "quantization": _quantization(data["quantization"]),
+    }
+    title = f"{data['variant']}  (family {data['family']}, {data['spec']}, sha256 {data['sha256'][:12]})"
+    return "\n".join([title, *table(rows.items())])
+
+
+def _heads(attention: Data) -> str:
+    queries, keys, width = (attention[key] for key in ("num_heads", "num_kv_heads", "head_dim"))
+    return f"{queries} query heads on {keys} key/value heads of {width}"
+
+
+def _window(entry: Data, layers: int) -> str:
+    span = "the whole context" if entry["window"] is None else f"a window of {entry['window']:,} tokens"
+    return span if len(entry["layers"]) == layers else f"{span} in layers {spans(entry['layers'])}"
+
+
+def _scaling(rope: Data) -> str:
+    if rope["scaling"] is None:
+        return ""
+    scaling = rope["scaling"]
+    facts = [f"{key} {value}" for key, value in scaling.items() if isinstance(value, int | float)]
+    return f", {scaling['kind']} scaling ({', '.join(facts)})"
+
+
+def _quantization(quantization: Data | None) -> str:
+    if quantization is None:
+        return "none"
+    facts = [f"{key} {value}" for key, value in quantization.items() if key not in ("scheme", "skip")]
+    return f"{quantization['scheme']} ({', '.join(facts)}); the figures above are of full precision"
+
+
+# ------------------------------------------------------------------------------------------ the whole program
+
+
+def program(spec: Spec) -> dict[str, dict[str, str]]:
+    """Every fact of the IR: section -> address -> text."""
+    return describe(lower(spec))
+
+
+def program_text(spec: Spec) -> str:
+    return render(lower(spec)).rstrip()
+
+
+# ------------------------------------------------------------------------------------------------------- diff
+
+
+def differences(a: Spec, b: Spec) -> Data:
+    """Every address at which two models differ -> what is there in each; null where one has nothing."""
+    before, after = _facts(a), _facts(b)
+    changed = [address for address in before | after if before.get(address) != after.get(address)]
+    return {
+        "a": a.variant,
+        "b": b.variant,
+        "differences": {address: [before.get(address), after.get(address)] for address in changed},
+    }
+
+
+def differences_text(a: Spec, b: Spec) -> str:
+    changes = ir_diff(lower(a), lower(b)).rstrip()
+    before, after = _quantized(a), _quantized(b)
+    if before != after:
+        changes += "\n" * bool(changes) + f"quantization\n      - {before}\n      + {after}"
+    return changes or f"{a.variant} and {b.variant} compute the same function"
+
+
+def _facts(spec: Spec) -> dict[str, str]:
+    sections = describe(lower(spec))
+    scoped = ("model", "rope")  # whose rows are no addresses
+    facts = {
+        f"{title}.{name}" if title in scoped else name: text
+        for title, rows in sections.items()
+        for name, text in rows.items()
+    }
+    return facts | {"quantization": _quantized(spec)}
+
+
+def _quantized(spec: Spec) -> str:
+    return spec.quantization.model_dump_json() if spec.quantization else "none"
+
+
+# ------------------------------------------------------------------------------------------------------- plan
+
+
+def plan(spec: Spec, degree: int, context: int, batch: int) -> Data:
+    """What each rank holds and how many bytes it needs. Raises SpecError when the degree is illegal."""
+    model = lower(spec)
+    if context > model.max_position_embeddings:
+        message = (
+            f"{model.name} has {model.max_position_embeddings:,} positions, and {context:,} are asked for"
+        )
+        raise SpecError([Diagnostic("context-too-long", message, hint="lower --context, or scale RoPE")])
+    split = shard.plan(model, degree)
+    memory = cost.memory(model, split, context, batch)
+    return {
+        "variant": model.name,
+        "degree": degree,
+        "legal_degrees": shard.legal_degrees(model),
+        "context": context,
+        "batch": batch,
+        "per_rank": {
+            "num_heads": split.num_heads,
+            "num_kv_heads": split.num_kv_heads,
+            "kv_head_indices": split.kv_head_indices,
+            "intermediate_size": split.intermediate_size,
+            "vocab_size": split.vocab_size,
+        },
+        "parameters": [
+            {
+                "name": s.param.name,
+                "shard": s.param.shard.value,
+                "shape": s.param.shape,
+                "rank_shape": s.shape,
+            }
+            for s in split.params
+        ],
+        "bytes": asdict(memory) | {"total": memory.total},
+        "quantization": spec.quantization.model_dump() if spec.quantization else None,
+    }
+
+
+def plan_text(data: Data) -> str:
+    rank, size = data["per_rank"], data["bytes"]
+    owners = rank["kv_head_indices"]
+    repeated = len({head for heads in owners for head in heads}) < sum(map(len, owners))
+    heads = f"{rank['num_heads']} query heads on {rank['num_kv_heads']} key/value heads"
+    first, rest = _alike(data["parameters"])
+    facts = {
+        "attention": heads + (", each held by several ranks" if repeated else ""),
+        "mlp width": f"{rank['intermediate_size']:,}",
+        "vocabulary": f"{rank['vocab_size']:,} rows",
+    }
+    memory = {
+        "weights": _size(size["weights"]),
+        "KV cache": f"{_size(size['kv_cache'])}  ({size['kv_pages']:,} pages)",
+        "activations": f"{_size(size['activations'])}  (estimated)",
+        "logits": _size(size["logits"]),
+        "total": _size(size["total"]),
+    }
+    legal = ", ".join(map(str, data["legal_degrees"]))
+    noted = "" if data["quantization"] is None else "  (weights in full precision)"
+    return "\n".join(
+        [
+            f"{data['variant']} on {data['degree']} ranks, {data['batch']} × {data['context']:,} tokens",
+            *table(facts.items()),
+            "",
+            f"memory of a rank{noted}",
+            *table(memory.items()),
+            "",
+            "parameters of a rank",
+            *table([*map(_share, first + rest)]),
+            "",
+            f"degrees that work: {legal}",
+        ]
+    )
+
+
+def _alike(parameters: Sequence[Data]) -> tuple[list[Data], list[Data]]:
+    """Every layer has the same parameters: those of layer 0 stand for all, under `layers.*`."""
+    first = [p for p in parameters if p["name"].startswith("layers.0.")]
+    layer = [p | {"name": p["name"].replace("layers.0.", "layers.*.")} for p in first]
+    others = [p for p in parameters if not p["name"].startswith("layers.")]
+    return layer, others
+
+
+def _share(parameter: Data) -> tuple[str, str]:
+    whole, part = (" × ".join(map(str, parameter[key])) for key in ("shape", "rank_shape"))
+    return parameter["name"], part if whole == part else f"{part}  of {whole}, split by {parameter['shard']}"
+
+
+# ------------------------------------------------------------------------------------------------------- text
+
+
+def table(rows: Mapping[str, str] | Any) -> list[str]:
+    """Indented lines of two aligned columns."""
+    rows = list(rows)
+    width = max((len(name) for name, _ in rows), default=0)
+    return [f"  {name:{width}}  {text}".rstrip() for name, text in rows]
+
+
+def _size(count: int) -> str:
+    """Bytes for people, in powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:,.2f} {unit}"

@@ -1,0 +1,103 @@
+"""`run` and `logits`: emit a package into a temporary folder and use it, as anyone would who was given it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwenspec.backend.emit import emit
+from qwenspec.backend.registry import find, open_runner
+from qwenspec.commands import console
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.spec.document import Spec
+
+if TYPE_CHECKING:
+    from qwenspec.backend.api import Floats
+
+Data = dict[str, Any]
+TOP = 5  # tokens that `logits` shows of a position
+
+
+def run(spec: Spec, backend: str, arguments: Sequence[str]) -> None:
+    """`python -m <package> arguments`, in this process. Ends it with SystemExit, as that does."""
+    with _package(spec, backend) as package:
+        sys.path.insert(0, str(package.parent))
+        sys.argv = ["qwenspec run", *arguments]
+        try:
+            runpy.run_module(package.name, run_name="__main__")
+        except ModuleNotFoundError as error:
+            raise _missing(error) from error
+
+
+def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str, dtype: str | None) -> Floats:
+    """Logits float32 [n, vocab] of every one of the ids; of an embedding model, its vectors [n, hidden]."""
+    import numpy as np
+
+    vocabulary = spec.architecture.vocab_size
+    if outside := [i for i in ids if not 0 <= i < vocabulary]:
+        raise _bad_ids(f"token id {outside[0]} is outside the vocabulary of {vocabulary:,}")
+    with _package(spec, backend) as package:
+        runner = open_runner(package, weights, device, dtype)
+        cache = runner.create_paged_kv_cache(1, len(ids), len(ids))
+        cache.add_sequence(0)
+        cache.begin_forward([0], [len(ids)])
+        found: Floats = runner.batch_verify(runner.embed(np.array(ids, np.int32)), cache)[0]
+        cache.end_forward()
+    return found
+
+
+def token_ids(text: str) -> list[int]:
+    """`1,2,3` as integers."""
+    words = text.replace(",", " ").split()
+    if not words or not all(word.isdecimal() for word in words):
+        raise _bad_ids(f"`{text}` is not a list of token ids")
+    return [int(word) for word in words]
+
+
+def save(file: Path, values: Floats) -> None:
+    """Write the array as NumPy's .npy, under exactly that name."""
+    import numpy as np
+
+    with file.open("wb") as stream:
+        np.save(stream, values)
+    console.note(f"wrote {file}: {values.dtype} {list(values.shape)}")
+
+
+def likeliest(ids: Sequence[int], values: Floats) -> list[Data]:
+    """Each position, its token, and the largest entries of what the model returns there, largest first."""
+    order = (-values).argsort(axis=-1, kind="stable")[:, :TOP]
+    return [
+        {"position": i, "id": ids[i], "top": [{"id": int(t), "logit": float(values[i, t])} for t in best]}
+        for i, best in enumerate(order)
+    ]
+
+
+def likeliest_text(positions: list[Data]) -> str:
+    lines = ["position  token id  most likely next (id: logit)"]
+    for entry in positions:
+        best = "  ".join(f"{token['id']}: {token['logit']:.4f}" for token in entry["top"])
+        lines.append(f"{entry['position']:8}  {entry['id']:8}  {best}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _package(spec: Spec, backend: str) -> Iterator[Path]:
+    """The package of `spec` in a folder that is gone afterwards."""
+    if reason := find(backend).unavailable():
+        raise SpecError([reason], ExitCode.BACKEND_MISSING)
+    with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
+        yield emit(spec, backend, folder)
+
+
+def _bad_ids(message: str) -> SpecError:
+    return SpecError([Diagnostic("bad-token-id", message, hint="write them like 1,2,3")])
+
+
+def _missing(error: ModuleNotFoundError) -> SpecError:
+    hint = "pip install 'qwenspec[run]'"
+    return SpecError([Diagnostic("backend-missing", str(error), hint=hint)], ExitCode.BACKEND_MISSING)

@@ -1,0 +1,113 @@
+"""`gen`: packages from specs, one or all that the repository commits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qwenspec.backend.emit import check, emit, package_name
+from qwenspec.backend.registry import MANIFEST
+from qwenspec.commands import console
+from qwenspec.commands.specs import pick
+from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError
+from qwenspec.spec.document import Spec
+
+COMMITTED = "manifest.yaml"  # in the output folder: what `--all` is
+
+
+@dataclass(frozen=True)
+class Job:
+    """One package to write or to compare."""
+
+    spec: Spec
+    backend: str
+    out: Path
+
+    @property
+    def package(self) -> Path:
+        return self.out / package_name(self.spec, self.backend)
+
+
+def committed(out: Path) -> list[Job]:
+    """The jobs in the manifest of `out`, a list of {spec, variant, backend}; specs are relative to the folder
+    that holds `out`, which has to be the current one: the specs' names are part of what is generated."""
+    file = out / COMMITTED
+    if not file.is_file():
+        hint = (
+            "`--all` is for a repository that commits generated packages: run it at its root, or name a SPEC"
+        )
+        raise SpecError([Diagnostic("no-manifest", f"there is no {file}", hint=hint)])
+    return [Job(pick(entry["spec"], entry["variant"]), entry["backend"], out) for entry in _entries(file)]
+
+
+def _entries(file: Path) -> list[dict[str, str]]:
+    import yaml
+    from pydantic import TypeAdapter, ValidationError
+    from typing_extensions import TypedDict
+
+    class Entry(TypedDict):
+        spec: str
+        variant: str
+        backend: str
+
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+        return TypeAdapter(list[Entry]).validate_python(entries)  # type: ignore[return-value]
+    except (yaml.YAMLError, ValidationError) as error:
+        hint = "it is a list of {spec: FILE, variant: NAME, backend: NAME}"
+        problem = Diagnostic("bad-manifest", str(error).splitlines()[0], Location(str(file), 0, 0), hint)
+        raise SpecError([problem]) from error
+
+
+def stray(out: Path, jobs: list[Job]) -> list[Path]:
+    """Generated packages in `out` that the manifest does not list."""
+    return sorted({path.parent for path in out.glob(f"*/{MANIFEST}")} - {job.package for job in jobs})
+
+
+def write(jobs: list[Job]) -> list[dict[str, object]]:
+    """Write every package; what was written, as data."""
+    written: list[dict[str, object]] = []
+    for job in console.progress(jobs, lambda job: str(job.package)):
+        package = emit(job.spec, job.backend, job.out)
+        files = {
+            str(file.relative_to(package)): len(file.read_text(encoding="utf-8").splitlines())
+            for file in sorted(package.rglob("*"))
+            if file.suffix == ".py" or file.name == MANIFEST
+        }
+        written.append(
+            {"package": str(package), "variant": job.spec.variant, "backend": job.backend, "lines": files}
+        )
+    return written
+
+
+def written_text(written: list[dict[str, object]]) -> str:
+    lines: list[str] = []
+    for package in written:
+        files = package["lines"]
+        assert isinstance(files, dict)
+        width = max(map(len, files))
+        lines.append(f"{package['package']}  ({package['variant']}, {package['backend']})")
+        lines += [f"  {name:{width}}  {count:5} lines" for name, count in files.items()]
+    return "\n".join(lines)
+
+
+def compare(jobs: list[Job], strays: list[Path], as_json: bool) -> ExitCode:
+    """Print how the packages on disk differ from what would be written; nothing is written."""
+    checked = console.progress(jobs, lambda job: str(job.package))
+    diffs = {str(job.package): check(job.spec, job.backend, job.out) for job in checked}
+    stale = {package: diff for package, diff in diffs.items() if diff}
+    if as_json:
+        console.show_json({"checked": list(diffs), "stale": stale, "stray": list(map(str, strays))})
+    else:
+        console.show_diff("".join(stale.values()))
+    for package in stale:
+        console.note(f"{package} is out of date")
+    warn(strays)
+    if not stale and not strays:
+        console.note(f"{len(diffs)} package{'s' * (len(diffs) != 1)} up to date")
+    return ExitCode.CHECK_FAILED if stale or strays else ExitCode.OK
+
+
+def warn(strays: list[Path]) -> None:
+    for package in strays:
+        console.note(f"{package} is not in the manifest: list it there, or remove it")

@@ -1,0 +1,150 @@
+"""config.json to a spec: what the file says, checked against what the checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from qwenspec import source
+from qwenspec.diagnostics import listed
+from qwenspec.hf import quantization, qwen1, qwen2, tensors
+from qwenspec.hf.config import Config, Report
+from qwenspec.spec.base import Dtype
+from qwenspec.spec.checkpoint import Layout, builtin_layouts
+from qwenspec.spec.document import Spec
+
+FAMILIES = {"qwen": "qwen1", "qwen2": "qwen2", "qwen3": "qwen3"}
+BACKBONES = {"qwen": "QWenModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}
+LANGUAGE_MODELS = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+Tree = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """A spec document with one variant, that variant, and what a person should know about how it came to be."""
+
+    tree: Tree
+    notes: tuple[str, ...]
+    spec: Spec
+
+
+def import_config(
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    source_file: str = "config.json",
+    root: source.Mapping | None = None,
+    tensor_names: Collection[str] | None = None,
+    normalize: bool = True,
+) -> ImportResult:
+    """The spec of a config.json of model type qwen, qwen2 or qwen3.
+
+    `root` is the parsed file, for places in diagnostics. `tensor_names` are those of the whole checkpoint: they
+    and tying are checked against the config, and an embedding model is known by them. `normalize` says whether
+    an embedding model divides by the norm, which config.json does not say.
+
+    Raises SpecError with everything that is missing, wrong, contradictory or read by nobody.
+    """
+    report = Report(source_file, root)
+    keys = Config(config, report)
+    model_type = keys.choice("model_type", tuple(FAMILIES))
+    if model_type is None:
+        report.check()
+    assert model_type is not None, "a model type that is not allowed was reported"
+    architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
+    architecture |= {"dtype": _dtype(keys)} | _head(keys, model_type, tensor_names, normalize)
+    layout = _layout(architecture["checkpoint"]["layout"])
+    quantized = quantization.read(keys, tensors.linears(layout, architecture["num_hidden_layers"] or 0))
+    keys.report_unread()
+    report.check()
+    tree: Tree = {
+        "schema_version": 1,
+        "family": FAMILIES[model_type],
+        "description": f"Imported from {source_file}.",
+        "default_variant": name,
+        "architecture": architecture,
+        "quantization": quantized,
+        "variants": {name: {}},
+    }
+    spec = _spec(tree, layout, source_file)
+    if tensor_names is not None:
+        tensors.check(spec, tensor_names, report)
+        report.check()
+    return ImportResult(tree, tuple(report.notes), spec)
+
+
+def _dtype(config: Config) -> str | None:
+    """The weights' dtype: dtype, torch_dtype, params_dtype or Qwen-1's three flags, which must agree."""
+    found: dict[str, str] = {}
+    for key in ("dtype", "torch_dtype", "params_dtype"):
+        value = config.get(key)
+        if value not in (None, "auto"):
+            found[key] = str(value).removeprefix("torch.")
+    for key, dtype in (("bf16", "bfloat16"), ("fp16", "float16"), ("fp32", "float32")):
+        if config.get(key):
+            found[key] = dtype
+    for key, dtype in found.items():
+        if dtype not in get_args(Dtype):
+            config.error("wrong-value", f"`{key}` is {dtype}, not {listed(get_args(Dtype))}", key)
+    if len(set(found.values())) > 1:
+        said = " and ".join(f"`{key}` {dtype}" for key, dtype in found.items())
+        config.error("conflict", f"the dtype is given twice: {said}", list(found)[-1])
+    if not found:
+        config.note("The dtype is not given: bfloat16, in which Qwen models are released.")
+    return next(iter(found.values()), "bfloat16")
+
+
+def _head(config: Config, model_type: str, names: Collection[str] | None, normalize: bool) -> Tree:
+    """Tying, what the model returns, and the checkpoint's layout."""
+    backbone = _is_backbone(config, model_type)
+    tied = config.flag("tie_word_embeddings", default=False)
+    if model_type == "qwen":
+        if backbone:
+            config.error("unsupported-architecture", "Qwen-1 has no embedding models", "architectures")
+        return {"tie_word_embeddings": tied, "checkpoint": {"layout": "qwen1"}}
+    prefixless = backbone if names is None else tensors.is_prefixless(names)
+    checkpoint = {"layout": "qwen3_embedding" if prefixless else "qwen2"}
+    # Qwen3-Embedding's config.json claims to be a language model: only its tensors tell.
+    if backbone or (names is not None and prefixless and "lm_head.weight" not in names):
+        embedding = {"normalize": normalize}
+        return {
+            "tie_word_embeddings": False,
+            "lm_head": None,
+            "embedding": embedding,
+            "checkpoint": checkpoint,
+        }
+    return {"tie_word_embeddings": tied, "checkpoint": checkpoint}
+
+
+def _is_backbone(config: Config, model_type: str) -> bool:
+    """Whether `architectures` is the decoder without an LM head: an embedding model."""
+    architectures = config.names("architectures")
+    known = (LANGUAGE_MODELS[model_type], BACKBONES[model_type])
+    for name in architectures:
+        if name not in known:
+            message = f"`architectures` has {name}; for {model_type} {listed(known)} are supported"
+            config.error("unsupported-architecture", message, "architectures")
+    return BACKBONES[model_type] in architectures
+
+
+def _layout(name: str) -> Layout:
+    """A built-in layout."""
+    return Layout.model_validate(source.plain(source.parse_file(builtin_layouts()[name]).root))
+
+
+def _spec(tree: Tree, layout: Layout, file: str) -> Spec:
+    """The document's one variant."""
+    return Spec.model_validate(
+        {
+            "family": tree["family"],
+            "variant": tree["default_variant"],
+            "description": tree["description"],
+            "architecture": tree["architecture"],
+            "quantization": tree["quantization"],
+            "layout": layout,
+            "file": file,
+        },
+        strict=False,
+    )

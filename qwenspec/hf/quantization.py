@@ -1,0 +1,157 @@
+"""`quantization_config` in config.json, both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from qwenspec.hf.config import Config
+from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Quantization
+
+# How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
+_RECORDS = (
+    "backend",
+    "batch_size",
+    "block_name_to_quantize",
+    "cache_block_outputs",
+    "damp_auto_increment",
+    "damp_percent",
+    "dataset",
+    "disable_exllama",
+    "do_fuse",
+    "exllama_config",
+    "fuse_max_seq_len",
+    "is_marlin_format",
+    "max_input_length",
+    "meta",
+    "model_file_base_name",
+    "model_name_or_path",
+    "model_seqlen",
+    "module_name_preceding_first_block",
+    "modules_to_fuse",
+    "pad_token_id",
+    "quantizer",
+    "static_groups",
+    "tokenizer",
+    "true_sequential",
+    "use_cuda_fp16",
+    "use_exllama",
+)
+
+
+def read(config: Config, linears: Sequence[str]) -> dict[str, Any] | None:
+    """The spec's `quantization`, None in full precision. `linears`: names of the checkpoint's linear modules."""
+    quantized = config.child("quantization_config")
+    if quantized is None:
+        return None
+    method = quantized.choice("quant_method", tuple(_READERS))
+    for key in _RECORDS:
+        quantized.get(key)
+    if method is None:
+        quantized.unread.clear()
+        return None
+    return _READERS[method](quantized, linears)
+
+
+def write(quantization: Quantization | None) -> dict[str, Any]:
+    """The keys of config.json for a quantisation that `lacks` says nothing of."""
+    fields: dict[str, Any]
+    match quantization:
+        case Fp8Block(block=block, skip=skip):
+            fields = {
+                "quant_method": "fp8",
+                "fmt": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": list(block),
+                "modules_to_not_convert": list(skip) or None,
+            }
+        case Awq(bits=bits, group_size=group_size, skip=skip):
+            fields = {
+                "quant_method": "awq",
+                "version": "gemm",
+                "bits": bits,
+                "group_size": group_size,
+                "zero_point": True,
+                "modules_to_not_convert": list(skip) or None,
+            }
+        case Gptq():
+            fields = {"quant_method": "gptq", **quantization.model_dump(exclude={"scheme", "skip"})}
+        case _:
+            return {}
+    return {"quantization_config": fields}
+
+
+def lacks(quantization: Quantization | None) -> list[str]:
+    """What of it config.json has no words for."""
+    match quantization:
+        case None | Awq() | Fp8Block(activations="dynamic"):
+            return []
+        case Fp8Block():
+            return ["quantization.activations: none"]
+        case Gptq(skip=skip):
+            return ["quantization.skip with gptq"] if skip else []
+        case _:
+            return [f"quantization.scheme: {quantization.scheme}"]
+
+
+def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
+    config.fixed("fmt", "e4m3", None, why="the other float8 formats are not implemented")
+    config.choice("activation_scheme", ("dynamic",), "dynamic")
+    block = config.get("weight_block_size")
+    if not (
+        isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    ):
+        config.error("wrong-value", "`weight_block_size` is not two positive numbers", "weight_block_size")
+    return {"scheme": "fp8_block", "block": block, "activations": "dynamic"} | _skip(config, linears)
+
+
+def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
+    config.fixed("version", "gemm", "GEMM", why="the other AWQ layouts are packed differently")
+    config.fixed("zero_point", True, why="AWQ without zero points is another format")
+    bits, group_size = config.get("bits"), config.size("group_size")
+    if bits != 4:
+        config.error("wrong-value", "AWQ has 4 `bits`", "bits")
+    return {"scheme": "awq", "bits": bits, "group_size": group_size} | _skip(config, linears)
+
+
+def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
+    config.fixed("dynamic", None, why="per-module settings are not implemented")
+    config.fixed("lm_head", False, None, why="the LM head is always in full precision")
+    config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    found: dict[str, Any] = {
+        "scheme": "gptq",
+        "bits": config.get("bits"),
+        "group_size": config.get("group_size"),
+    }
+    if found["bits"] not in (4, 8):
+        config.error("wrong-value", "GPTQ is supported with 4 or 8 `bits`", "bits")
+    if found["group_size"] != -1:
+        config.size("group_size")
+    found["sym"], found["desc_act"] = config.flag("sym", True), config.flag("desc_act", False)
+    if config.get("checkpoint_format") is not None:
+        found["checkpoint_format"] = config.choice("checkpoint_format", ("gptq", "gptq_v2"))
+    # Names inside a layer, in groups by the order of quantisation; whatever is not among them was left alone.
+    if inside := config.names("modules_in_block_to_quantize"):
+        chosen = tuple(f".{name}" for name in inside)
+        found["skip"] = [name for name in linears if not name.endswith(chosen)]
+    return found
+
+
+_READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
+    "fp8": _fp8,
+    "awq": _awq,
+    "gptq": _gptq,
+}
+
+
+def _skip(config: Config, linears: Sequence[str]) -> dict[str, Any]:
+    """`modules_to_not_convert` as the linear modules that it names.
+
+    An entry is a module's name, the beginning of one up to a dot, or the end of one, as in Hugging Face's
+    `should_convert_module`. Norms, embeddings and the LM head are never quantised and need no entry.
+    """
+    entries = config.names("modules_to_not_convert")
+    skip = [
+        name for name in linears if any(f"{name}.".startswith(f"{e}.") or name.endswith(e) for e in entries)
+    ]
+    return {"skip": skip} if skip else {}

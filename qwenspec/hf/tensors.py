@@ -1,0 +1,78 @@
+"""The tensors that a spec expects of its checkpoint, compared with those that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from fnmatch import fnmatch
+
+from qwenspec.diagnostics import listed
+from qwenspec.hf.config import Report
+from qwenspec.ir import weights
+from qwenspec.ir.lower import lower
+from qwenspec.spec.checkpoint import Layout
+from qwenspec.spec.document import Spec
+
+LINEARS = ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+SHOWN = 5  # names in one message
+
+# What a quantised linear has in place of `weight`.
+QUANTIZED = {
+    "fp8_block": ("weight", "weight_scale_inv"),
+    "awq": ("qweight", "qzeros", "scales"),
+    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
+}
+
+
+def linears(layout: Layout, num_layers: int) -> list[str]:
+    """Checkpoint names of all linear modules in the layers, in order."""
+    modules = weights.modules(layout, num_layers)
+    return [name for i in range(num_layers) for linear in LINEARS for name in modules[f"layers.{i}.{linear}"]]
+
+
+def is_prefixless(names: Collection[str]) -> bool:
+    """Whether the backbone was saved alone, without `model.` before its names."""
+    return "embed_tokens.weight" in names
+
+
+def expected(spec: Spec) -> tuple[set[str], set[str]]:
+    """Tensors that the checkpoint must hold, and further ones that it may."""
+    must = {source.tensor for param in lower(spec).params() for source in param.sources}
+    may: set[str] = set()
+    if spec.architecture.tie_word_embeddings:
+        may.add(f"{spec.layout.lm_head}.weight")
+    if spec.quantization is not None:
+        for module in linears(spec.layout, spec.architecture.num_hidden_layers):
+            if module not in spec.quantization.skip:
+                must.remove(f"{module}.weight")
+                must |= {f"{module}.{suffix}" for suffix in QUANTIZED[spec.quantization.scheme]}
+                may.add(f"{module}.bias")  # GPTQ writes zeros where the model has none
+    return must, may - must
+
+
+def check(spec: Spec, names: Collection[str], report: Report) -> None:
+    """Report tying that does not fit, tensors that are missing and tensors that nobody reads."""
+    must, may = expected(spec)
+    head = f"{spec.layout.lm_head}.weight"
+    if head in must and head not in names:
+        must.discard(head)
+        report.error(
+            "tying",
+            f"the embedding is not tied, and the checkpoint has no `{head}`",
+            ("tie_word_embeddings",),
+            "set tie_word_embeddings to true if the two share one tensor",
+        )
+    elif head in may and head in names:
+        report.notes.append(f"The checkpoint holds `{head}`, which is not read: the embedding is tied.")
+    _tell(report, "missing-tensor", "the checkpoint lacks", sorted(must.difference(names)))
+    unknown = [
+        name
+        for name in sorted(names)
+        if name not in must | may and not any(fnmatch(name, pattern) for pattern in spec.layout.ignore)
+    ]
+    _tell(report, "unknown-tensor", "no parameter of this model reads", unknown)
+
+
+def _tell(report: Report, code: str, said: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+        report.error(code, f"{said} {listed(names[:SHOWN], 'and')}{more}")

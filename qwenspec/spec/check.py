@@ -1,0 +1,99 @@
+"""The merged tree of one variant -> a Spec, and everything that is wrong with it."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
+
+from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.source import Entry, Mapping, Path_, parse_file, place, plain
+from qwenspec.spec.checkpoint import builtin_layouts
+from qwenspec.spec.document import Spec
+from qwenspec.spec.explain import Finding, explain
+from qwenspec.spec.files import layout_node
+from qwenspec.spec.rules import RULES
+
+# What stands in for a value in error while the rules that do not read it are applied.
+_STAND_INS: dict[tuple[str, ...], Any] = {
+    ("architecture", "vocab_size"): 1,
+    ("architecture", "hidden_size"): 2,
+    ("architecture", "num_hidden_layers"): 1,
+    ("architecture", "num_attention_heads"): 1,
+    ("architecture", "intermediate_size"): 1,
+    ("architecture", "max_position_embeddings"): 1,
+    ("architecture", "norm"): {"eps": 1.0},
+    ("architecture", "norm", "eps"): 1.0,
+    ("architecture", "rope"): {"theta": 2.0},
+    ("architecture", "rope", "theta"): 2.0,
+    ("architecture", "checkpoint", "layout"): "qwen2",
+}
+
+
+def check(
+    merged: Mapping, variant: str, family: str, description: str, file: str
+) -> tuple[Spec | None, list[Finding]]:
+    """The spec, or None and the findings. Cross-field rules are applied to whatever part of it is valid."""
+    root, findings, broken = _with_layout(merged)
+    data = plain(root) | {"variant": variant, "family": family, "description": description, "file": file}
+    data.setdefault("layout", _stand_in_layout())
+    try:
+        spec = Spec.model_validate(data)
+    except ValidationError as error:
+        findings += explain(Spec, root, error)
+        repaired = _repaired(data, [finding.path for finding in findings])
+        if repaired is None:
+            return None, findings
+        spec = repaired
+    broken += [finding.path for finding in findings]
+    for rule in RULES:
+        if not any(_overlap(path, read) for path in broken for read in rule.reads):
+            for mistake in rule.check(spec):
+                diagnostic = Diagnostic(rule.code, mistake.message, place(root, mistake.path), mistake.hint)
+                findings.append(Finding(mistake.path, diagnostic))
+    return (None if findings else spec), findings
+
+
+def _with_layout(merged: Mapping) -> tuple[Mapping, list[Finding], list[Path_]]:
+    """The tree with the checkpoint layout that it names, or why there is none and the path that is then broken."""
+    findings: list[Finding] = []
+    try:
+        layout = layout_node(merged.get("architecture"))
+    except SpecError as error:
+        layout = None
+        findings += [Finding(("layout",), diagnostic) for diagnostic in error.diagnostics]
+    if layout is None:
+        return merged, findings, [("layout",)]
+    return Mapping(merged.entries | {"layout": Entry(layout.location, layout)}, merged.location), findings, []
+
+
+def _overlap(path: Path_, read: Path_) -> bool:
+    shorter = min(len(path), len(read))
+    return path[:shorter] == read[:shorter]
+
+
+def _repaired(data: dict[str, Any], broken: list[Path_]) -> Spec | None:
+    """A valid spec without the broken parts, for the rules that do not read them."""
+    for path in (tuple(map(str, steps)) for steps in broken):
+        if path[0] == "layout":
+            data["layout"] = _stand_in_layout()
+            continue
+        path = path[:3] if path[0] == "architecture" else path[:1]
+        parent = data
+        for step in path[:-1]:
+            parent = parent[step]
+        if path in _STAND_INS:
+            parent[path[-1]] = _STAND_INS[path]
+        else:
+            parent.pop(path[-1], None)
+    try:
+        return Spec.model_validate(data)
+    except ValidationError:
+        return None  # more was wrong than one validation tells: the rest comes after the next correction
+
+
+@cache
+def _stand_in_layout() -> dict[str, Any]:
+    layout: dict[str, Any] = plain(parse_file(builtin_layouts()["qwen2"]).root)
+    return layout

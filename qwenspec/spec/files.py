@@ -1,0 +1,239 @@
+"""Spec files on disk: variants, `extends`, checkpoint layouts, and the merged tree of one variant."""
+
+from __future__ import annotations
+
+import keyword
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+
+from qwenspec import source
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.source import Entry, Mapping, Node, Scalar, place, plain
+from qwenspec.spec.architecture import Architecture
+from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
+from qwenspec.spec.document import Document, Variant
+from qwenspec.spec.explain import explain, unknown_key
+from qwenspec.spec.merge import merge
+from qwenspec.spec.shape import fields
+
+MAX_EXTENDS = 32
+_NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+_OWN_KEYS = tuple(Variant.model_fields)
+
+
+@dataclass(slots=True)
+class SpecFile:
+    """A parsed spec file, with what is wrong with it before its variants are merged."""
+
+    name: str  # as the user named it
+    root: Mapping
+    problems: list[Diagnostic] = field(default_factory=list)
+
+    def text(self, key: str) -> str | None:
+        """A top-level value that should be text."""
+        node = self.root.get(key)
+        return node.value if isinstance(node, Scalar) and isinstance(node.value, str) else None
+
+    def variants(self) -> dict[str, Entry]:
+        """Name -> the variant's differences. A file without `variants` is its family's one variant."""
+        node = self.root.get("variants")
+        if node is None or (isinstance(node, Scalar) and node.value is None):
+            nothing = Mapping({}, self.root.location)
+            family = self.root.entries.get("family")
+            return {self.text("family") or "": Entry(family.key if family else self.root.location, nothing)}
+        return dict(node.entries) if isinstance(node, Mapping) else {}
+
+    def default(self) -> str | None:
+        """The variant that is meant when none is named; None when that cannot be said."""
+        names = self.variants()
+        chosen = self.text("default_variant")
+        return chosen if chosen in names else next(iter(names)) if len(names) == 1 else None
+
+
+class Files:
+    """The spec files of one run, each read once."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, SpecFile] = {}
+        self._merged: dict[tuple[str, str], Mapping] = {}
+        self._active: list[tuple[str, str]] = []  # the variants whose `extends` is being followed
+
+    def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
+        """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
+        key = os.path.realpath(name)
+        if key not in self._files:
+            document = source.parse_file(name, wanted_by)
+            file = SpecFile(name, document.root, list(document.diagnostics))
+            file.problems += _problems(file)
+            self._files[key] = file
+        return self._files[key]
+
+    def merged(self, file: SpecFile, name: str) -> Mapping:
+        """`architecture` and `quantization` of a variant, its bases, the shared part and its own keys merged.
+
+        A base in another file comes first, then this file's shared part, then the variant. A base in the same file
+        already has the shared part.
+        """
+        key = (os.path.realpath(file.name), name)
+        if key not in self._merged:
+            self._active.append(key)
+            try:
+                self._merged[key] = self._merge(file, file.variants()[name])
+            finally:
+                self._active.pop()
+        return self._merged[key]
+
+    def _merge(self, file: SpecFile, variant: Entry) -> Mapping:
+        own = variant.value if isinstance(variant.value, Mapping) else Mapping({}, variant.key)
+        shared = Mapping({k: e for k, e in file.root.entries.items() if k in _MERGED}, file.root.location)
+        base = self._base(file, own) or self._base(file, file.root)
+        start: Node = shared
+        if base is not None:
+            start = base[1] if base[0] is file else merge(base[1], shared)
+        keys = {k: e for k, e in own.entries.items() if k not in _OWN_KEYS}
+        overlay = {"architecture": Entry(variant.key, Mapping(keys, own.location))}
+        if "quantization" in own.entries:
+            overlay["quantization"] = own.entries["quantization"]
+        merged = merge(start, Mapping(overlay, own.location))
+        assert isinstance(merged, Mapping)
+        return merged
+
+    def _base(self, file: SpecFile, mapping: Mapping) -> tuple[SpecFile, Mapping] | None:
+        node = mapping.get("extends")
+        if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
+            return None  # absent, or reported as a wrong type
+        path, _, name = node.value.partition("#")
+        base = file
+        if path:
+            base = self.open(os.path.normpath(Path(node.location.file).parent / path), node.location)
+            if base is not file and base.problems:
+                raise SpecError(base.problems)
+        chosen = variant_named(base, name or None, node.location)
+        if (os.path.realpath(base.name), chosen) in self._active:
+            _fail("extends-cycle", f"`{node.value}` extends itself", node.location, "break the circle")
+        if len(self._active) > MAX_EXTENDS:
+            _fail("extends-too-long", f"more than {MAX_EXTENDS} variants extend one another", node.location)
+        return base, self.merged(base, chosen)
+
+
+_MERGED = ("architecture", "quantization")
+
+
+def variant_named(file: SpecFile, name: str | None, wanted_by: Location | None = None) -> str:
+    """The variant's name, the default one for None. Raises SpecError when there is none."""
+    names = file.variants()
+    where = wanted_by or place(file.root, ("variants",))
+    if name is None:
+        chosen = file.default()
+        if chosen is None:
+            hint = f"name one of {listed(names)}, or set `default_variant`" if names else ""
+            _fail(
+                "no-default-variant", f"`{file.name}` has {len(names)} variants and no default", where, hint
+            )
+        return chosen
+    if name not in names:
+        _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, _choices(name, names))
+    return name
+
+
+def layout_node(architecture: Node | None) -> Node | None:
+    """The tree of the checkpoint layout that an architecture names, or None when that is in error elsewhere.
+
+    A name with a slash or a .yaml ending is a file, relative to the file in which it was written.
+    """
+    node = source.at(architecture, ("checkpoint", "layout"))
+    if isinstance(node, Mapping):
+        return node
+    if node is None:
+        default = Architecture.model_fields["checkpoint"].default
+        assert isinstance(default, Checkpoint)
+        return source.parse_file(builtin_layouts()[str(default.layout)]).root
+    if not isinstance(node, Scalar) or not isinstance(node.value, str):
+        return None
+    if node.value in builtin_layouts():
+        return source.parse_file(builtin_layouts()[node.value]).root
+    if "/" not in node.value and not node.value.endswith((".yaml", ".yml")):
+        hint = f"{_choices(node.value, builtin_layouts())}, a YAML file such as `./names.yaml`, or the names themselves"
+        _fail("unknown-layout", f"there is no layout `{node.value}`", node.location, hint)
+    document = source.parse_file(
+        os.path.normpath(Path(node.location.file).parent / node.value), wanted_by=node.location
+    )
+    if document.diagnostics:
+        raise SpecError(document.diagnostics)
+    return document.root
+
+
+def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path]) -> str:
+    close = nearest(word, allowed)
+    return (f"did you mean `{close}`? " if close else "") + f"there is {listed(allowed, 'and')}"
+
+
+def _fail(code: str, message: str, location: Location, hint: str = "") -> NoReturn:
+    raise SpecError([Diagnostic(code, message, location, hint)])
+
+
+# ------------------------------------------------------------------------------------- a file's own mistakes
+
+
+def _problems(file: SpecFile) -> list[Diagnostic]:
+    """What is wrong with a file beside its architectures."""
+    version = file.root.get("schema_version")
+    if isinstance(version, Scalar) and isinstance(version.value, int) and version.value != 1:
+        message = f"this is a spec of version {version.value}; this qwenspec reads version 1"
+        _fail(
+            "schema-version",
+            message,
+            version.location,
+            "install the version of qwenspec that the spec was written for",
+        )
+    problems = []
+    try:
+        Document.model_validate(plain(file.root))
+    except ValidationError as error:
+        problems += [finding.diagnostic for finding in explain(Document, file.root, error)]
+    return problems + [*_unknown_keys(file), *_bad_names(file), *_bad_default(file)]
+
+
+def _unknown_keys(file: SpecFile) -> Iterator[Diagnostic]:
+    """Keys of a variant that neither an architecture nor a variant has."""
+    allowed = [*fields(Architecture), *_OWN_KEYS]
+    for name, entry in file.variants().items():
+        if isinstance(entry.value, Mapping):
+            for key in entry.value.entries:
+                if key not in allowed:
+                    yield unknown_key(key, ("variants", name, key), allowed, file.root)
+
+
+def _bad_names(file: SpecFile) -> Iterator[Diagnostic]:
+    """A variant's name becomes a file's and a Python package's."""
+    taken: dict[str, str] = {}
+    for name, entry in file.variants().items():
+        module = re.sub(r"[-.]", "_", name).lower()
+        if not name:
+            continue  # a missing family, reported as such
+        if not _NAME.fullmatch(name) or len(name) > 100 or keyword.iskeyword(module):
+            message = (
+                f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
+            )
+            hint = "begin with a letter and use letters, digits, `-`, `_` and `.`"
+            yield Diagnostic("variant-name", message, entry.key, hint)
+        elif module in taken:
+            message = f"`{name}` and `{taken[module]}` would both be the Python package `{module}`"
+            yield Diagnostic("variant-clash", message, entry.key, "rename one of them")
+        taken.setdefault(module, name)
+
+
+def _bad_default(file: SpecFile) -> Iterator[Diagnostic]:
+    names, chosen = file.variants(), file.root.get("default_variant")
+    if file.root.get("variants") is not None and isinstance(file.root.get("variants"), Mapping) and not names:
+        hint = "remove the key: a file without `variants` is one variant, named like the family"
+        yield Diagnostic("no-variants", "`variants` is empty", place(file.root, ("variants",)), hint)
+    elif isinstance(chosen, Scalar) and isinstance(chosen.value, str) and chosen.value not in names:
+        message = f"there is no variant `{chosen.value}`"
+        yield Diagnostic("unknown-variant", message, chosen.location, _choices(chosen.value, names))
