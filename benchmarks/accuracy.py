@@ -2,8 +2,8 @@
 
     python benchmarks/accuracy.py --package DIR --weights DIR [--limit N]
 
-The package is imported from its folder, as a user would. The weights are those of the model that it was generated
-for: examples/tiny-qwen3, or what became of them (quantised, say).
+The package is imported from its folder, as a user would. The weights are those of the model that it was
+generated for: examples/tiny-qwen3, or what became of them (quantised, say).
 """
 
 from __future__ import annotations

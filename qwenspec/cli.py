@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import qwenspec
 from qwenspec.commands import console
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+
+GENERATED = Path("generated")
 
 app = typer.Typer(
     name="qwenspec",
@@ -22,6 +25,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+class Precision(StrEnum):
+    """What `--dtype` may be."""
+
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
 
 
 def main() -> None:
@@ -43,13 +54,12 @@ def _backends(incomplete: str) -> list[str]:
 
 Spec = Annotated[str, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")]
 Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: the file's default_variant.")]
-Backend = Annotated[
-    str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)
+Backend = Annotated[str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)]
+Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")]
+Context = Annotated[
+    int | None, typer.Option("--context", metavar="L", min=1, help="Tokens that a token sees. Default: 4096.")
 ]
-Weights = Annotated[
-    Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")
-]
-Dtype = Annotated[str | None, typer.Option(help="bfloat16, float16 or float32. Default: the spec's.")]
+Dtype = Annotated[Precision | None, typer.Option(help="Default: the spec's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
 
 
@@ -71,16 +81,10 @@ def gen(
     spec: Annotated[str | None, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")] = None,
     backend: Backend = "triton",
     variant: Variant = None,
-    quantization: Annotated[
-        str | None, typer.Option(metavar="SCHEME", help="In place of the spec's.")
-    ] = None,
-    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = Path(
-        "generated"
-    ),
+    quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = GENERATED,
     all_: Annotated[bool, typer.Option("--all", help="Everything in DIR/manifest.yaml.")] = False,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say what differs, and exit 1.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say what differs, and exit 1.")] = False,
     as_json: Json = False,
 ) -> ExitCode | None:
     """Write the package of a spec."""
@@ -90,7 +94,11 @@ def gen(
     if (spec is None) != all_:
         problem = "`gen` needs a SPEC, or --all" if spec is None else "`gen --all` takes no SPEC"
         raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
-XX    strays = packages.stray(out, jobs) if all_ else []
+    if spec is None:
+        jobs = packages.committed(out)
+    else:
+        jobs = [packages.Job(pick(spec, variant, quantization), backend, out)]
+    strays = packages.stray(out, jobs) if all_ else []
     if check:
         return packages.compare(jobs, strays, as_json)
     written = packages.write(jobs)
@@ -126,9 +134,7 @@ def validate(
 @guarded
 def schema(
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE", help="Write it there.")] = None,
-    check: Annotated[
-        bool, typer.Option("--check", help="Only say how FILE differs, and exit 1.")
-    ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say how FILE differs, and exit 1.")] = False,
 ) -> ExitCode:
     """The JSON Schema of specs, for editors."""
     from qwenspec.commands import authoring
@@ -160,7 +166,7 @@ def show(
     spec: Spec,
     variant: Variant = None,
     ir: Annotated[bool, typer.Option("--ir", help="The whole resolved program instead.")] = False,
-    context: Annotated[int, typer.Option(min=1, help="Tokens that one sees, for FLOPs.")] = 4096,
+    context: Context = None,
     as_json: Json = False,
 ) -> None:
     """Sizes, parameters, bytes and FLOPs a token."""
@@ -199,9 +205,7 @@ def diff(
 def plan(
     spec: Spec,
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")] = 1,
-    context: Annotated[
-        int, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence.")
-    ] = 4096,
+    context: Annotated[int, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence.")] = 4096,
     batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
     variant: Variant = None,
     as_json: Json = False,
@@ -223,18 +227,14 @@ def run(
     weights: Weights,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch.")],
     variant: Variant = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Prompts are messages to the chat template.")
-    ] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to the chat template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 128.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Default: 0, which is greedy.")] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest, up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     stop: Annotated[list[str] | None, typer.Option(metavar="TOKEN", help="Stop at this token too.")] = None,
-    device: Annotated[
-        str | None, typer.Option(help="Default: a GPU if there is one.")
-    ] = None,
+    device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Dtype = None,
     backend: Backend = "triton",
     as_json: Json = False,
@@ -243,14 +243,21 @@ def run(
     from qwenspec.commands import execute
     from qwenspec.commands.specs import pick
 
-    single = {
-        "--weights": weights, "--max-tokens": max_tokens, "--temperature": temperature, "--top-k": top_k,
-        "--top-p": top_p, "--seed": seed, "--device": device, "--dtype": dtype,
-    }  # fmt: skip
-    arguments = [f"{name}={value}" for name, value in single.items() if value is not None]
-    arguments += [f"--prompt={text}" for text in prompt] + [f"--stop={token}" for token in stop or ()]
-    arguments += ["--chat"] * chat + ["--json"] * as_json
-    execute.run(pick(spec, variant), backend, arguments)
+    options = {
+        "weights": weights,
+        "max-tokens": max_tokens,
+        "temperature": temperature,
+        "top-k": top_k,
+        "top-p": top_p,
+        "seed": seed,
+        "device": device,
+        "dtype": dtype,
+        "prompt": prompt,
+        "stop": stop,
+        "chat": chat,
+        "json": as_json,
+    }
+    execute.run(pick(spec, variant), backend, device, execute.arguments(options))
 
 
 @app.command()
@@ -260,9 +267,7 @@ def logits(
     weights: Weights,
     ids: Annotated[str, typer.Option("--ids", metavar="1,2,3", help="Token ids.")],
     variant: Variant = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE.npy", help="float32 [n, vocab].")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.npy", help="float32 [n, vocab].")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
     dtype: Dtype = None,
     backend: Backend = "triton",

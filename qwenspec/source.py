@@ -97,6 +97,11 @@ def walk(node: Node, path: Path_ = ()) -> Iterator[tuple[Path_, Node]]:
             yield from walk(item, (*path, index))
 
 
+def written(location: Location) -> str:
+    """The source text that a location spans."""
+    return location.text[location.column - 1 : location.column - 1 + location.width]
+
+
 def at(node: Node | None, path: Path_) -> Node | None:
     """The value at `path`, or None."""
     for step in path:
@@ -361,8 +366,9 @@ class _Composer:
     def tagless(self, event: yaml.ScalarEvent | yaml.CollectionStartEvent) -> None:
         if event.tag is not None:
             mark: Any = event.start_mark
-            here = Location(self.file, mark.line + 1, mark.column + 1, self.lines[mark.line])
-            message = f"the tag `{event.tag}` is not allowed: a spec is plain data"
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            here = Location(self.file, mark.line + 1, mark.column + 1, self.lines[mark.line], len(tag))
+            message = f"the tag `{tag}` is not allowed: a spec is plain data"
             self.diagnostics.append(Diagnostic("yaml-tag", message, here, "remove the tag"))
 
     def scalar(self, event: yaml.ScalarEvent) -> tuple[str | int | float | bool | None, Location, bool]:
@@ -403,7 +409,7 @@ class _Composer:
         """The key's name, or None when it is in error and its value is to be dropped."""
         here = node.location
         if not isinstance(node, Scalar) or not isinstance(node.value, str):
-            hint = f'put it in quotes: "{plain(node)}"' if isinstance(node, Scalar) else ""
+            hint = f'put it in quotes: "{written(here)}"' if isinstance(node, Scalar) else ""
             self.diagnostics.append(Diagnostic("key-not-text", "a key must be text", here, hint))
         elif node.value == "<<" and not node.quoted:
             hint = (

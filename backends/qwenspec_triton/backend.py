@@ -16,7 +16,7 @@ class TritonBackend:
     """PyTorch modules over Triton kernels; on CPU the kernels' PyTorch paths."""
 
     name = "triton"
-    libraries = ("torch", "triton", "safetensors", "numpy", "tokenizers")
+    libraries: tuple[str, ...] = ("torch", "triton", "safetensors", "numpy", "tokenizers")
 
     def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
         if quantization is None:

@@ -162,4 +162,8 @@ def _entry(param: Param, checkpoint_layer: str) -> dict[str, Any]:
     if param.name.startswith("layers.0."):
         first = checkpoint_layer.replace("{i}", "0")
         sources = [[checkpoint_layer + tensor.removeprefix(first), rows] for tensor, rows in sources]
-    return {"name": param.name.replace("layers.0.", "layers.{i}."), "shape": list(param.shape), "sources": sources}
+    return {
+        "name": param.name.replace("layers.0.", "layers.{i}."),
+        "shape": list(param.shape),
+        "sources": sources,
+    }

@@ -38,6 +38,10 @@ class Problem:
         return completion.strip() == self.answer
 
 
+# Held out, and answered correctly by the committed checkpoint.
+DEMO = Problem("sort", "sort 5 8 1 3 9 8", "1 3 5 8 8 9")
+
+
 def plain(question: str) -> str:
     """The plain prompt. The model answers with a leading space and ends with <|endoftext|>."""
     return f"{question} ="

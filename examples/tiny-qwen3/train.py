@@ -66,7 +66,7 @@ IGNORE = -100  # cross_entropy's mark for a position without loss
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE: a digit or a letter, with or without a space before it, is one token, as is a known word."""
+    """Byte-level BPE: known words are one token each, as are digits and letters, also with a space before."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([END_OF_TEXT, IM_START, IM_END, *alphabet])}
     merges = []
@@ -212,7 +212,7 @@ def report(folder: Path, per_task: int) -> None:
         print(f"{form:6s}", *(f"{task} {share:.1%}" for task, share in shares.items()), sep="  ")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, train, save, report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,7 +225,7 @@ def main() -> None:
         "--per-task", type=int, default=250, help="held-out problems of each task in the report"
     )
     parser.add_argument("--report", action="store_true", help="only report the accuracy of what is in --out")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
 
     if not args.report:
         torch.manual_seed(args.seed)

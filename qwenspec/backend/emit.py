@@ -27,7 +27,7 @@ from qwenspec.ir.nodes import Model
 from qwenspec.spec.document import Spec
 
 MANIFEST = "MANIFEST.json"
-LINE_LENGTH = 110
+LINE_LENGTH = 120
 
 
 def emit(spec: Spec, backend: str, out: str | Path) -> Path:
@@ -112,7 +112,15 @@ def format_files(files: Mapping[str, str]) -> dict[str, str]:
         for name, text in files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text, encoding="utf-8")
-        common = ["--isolated", "--no-cache", "--quiet", "--line-length", str(LINE_LENGTH), "--target-version", "py311"]
+        common = [
+            "--isolated",
+            "--no-cache",
+            "--quiet",
+            "--line-length",
+            str(LINE_LENGTH),
+            "--target-version",
+            "py311",
+        ]
         ruff = [sys.executable, "-m", "ruff"]
         fix = ["check", "--fix", "--select", "F401,I", *common, "."]
         for command in (fix, ["format", *common, "."]):

@@ -34,9 +34,7 @@ def find(name: str) -> Backend:
     raise _missing(f"the backend `{name}` is not installed", hint=f"{have}; see `qwenspec backends`")
 
 
-def open_runner(
-    package: str | Path, weights: str | Path, device: str = "cpu", dtype: str | None = None
-) -> Runner:
+def open_runner(package: str | Path, weights: str | Path, device: str = "cpu", dtype: str | None = None) -> Runner:
     """Open a generated package on a checkpoint folder, with the backend that wrote it.
 
     `device` as torch spells it (`cpu`, `cuda:0`); `dtype` of weights and activations (None: the spec's own).
@@ -66,9 +64,7 @@ def _backend_of(package: Path) -> str:
     try:
         return str(json.loads(manifest.read_text(encoding="utf-8"))["backend"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (
-            f"{manifest} is missing" if isinstance(error, FileNotFoundError) else f"{manifest} cannot be read"
-        )
+        reason = f"{manifest} is missing" if isinstance(error, FileNotFoundError) else f"{manifest} cannot be read"
         problem = Diagnostic(
             "not-a-package",
             f"{package} is not a package that qwenspec wrote: {manifest} {reason}",

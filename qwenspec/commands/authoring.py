@@ -31,9 +31,7 @@ def validate(files: Sequence[str], as_json: bool) -> ExitCode:
                 console.show(f"{file}: {_counted(len(variants), 'variant')}")
         console.show_diagnostics(found)
     if found:
-        console.note(
-            f"{_counted(len(found), 'error')} in {_counted(sum(bool(d) for _, d in reports), 'file')}"
-        )
+        console.note(f"{_counted(len(found), 'error')} in {_counted(sum(bool(d) for _, d in reports), 'file')}")
     return ExitCode.USAGE if found else ExitCode.OK
 
 

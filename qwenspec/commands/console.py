@@ -55,9 +55,7 @@ def show_diff(text: str) -> None:
     """A unified diff, in colour on a terminal."""
     if colored(sys.stdout):
         paint = {"+": "\x1b[32m", "-": "\x1b[31m", "@": "\x1b[36m"}
-        lines = [
-            f"{paint[line[0]]}{line}\x1b[0m" if line[:1] in paint else line for line in text.splitlines()
-        ]
+        lines = [f"{paint[line[0]]}{line}\x1b[0m" if line[:1] in paint else line for line in text.splitlines()]
         text = "\n".join(lines) + "\n"
     print(text, end="")
 

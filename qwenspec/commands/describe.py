@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,15 +16,18 @@ from qwenspec.ir.render import diff as ir_diff
 from qwenspec.spec.document import Spec
 
 Data = dict[str, Any]
+ROUNDING = {"activation": "cos and sin rounded to the model's dtype", "float32": "rotated in float32"}
+USUAL_CONTEXT = 4096  # tokens, when nobody says how many
 
 # ------------------------------------------------------------------------------------------------------- show
 
 
-def show(spec: Spec, context: int) -> Data:
+def show(spec: Spec, context: int | None = None) -> Data:
     """Sizes and costs, in full precision; FLOPs are those of a token that sees `context` tokens."""
     model = lower(spec)
     first, mlp, head = model.layers[0].mixer, model.layers[0].feed_forward, model.head
     architecture = spec.architecture
+    context = context or min(USUAL_CONTEXT, model.max_position_embeddings)
     return {
         "variant": model.name,
         "family": model.family,
@@ -50,13 +54,8 @@ def show(spec: Spec, context: int) -> Data:
             "attention_factor": model.rope.attention_factor,
             "scaling": architecture.rope.scaling.model_dump() if architecture.rope.scaling else None,
         },
-        "mlp": architecture.mlp.model_dump()
-        | {"intermediate_size": model.layers[0].feed_forward.intermediate_size},
-        "head": "embedding"
-        if isinstance(model.head, EmbeddingHead)
-        else "tied"
-        if model.head.tied
-        else "linear",
+        "mlp": architecture.mlp.model_dump() | {"intermediate_size": mlp.intermediate_size},
+        "head": "embedding" if isinstance(head, EmbeddingHead) else "tied" if head.tied else "linear",
         "quantization": spec.quantization.model_dump() if spec.quantization else None,
         "parameters": asdict(cost.count_parameters(model)),
         "weight_bytes": cost.weight_bytes(model),
@@ -94,7 +93,7 @@ def show_text(data: Data) -> str:
         "attention": ", ".join([_heads(attention), *features]),
         "  span": ", ".join(_window(entry, layers) for entry in attention["windows"]),
         "rope": f"theta {rope['theta']:,.0f}, {rope['rotary_dim']} of {attention['head_dim']} values, "
-        f"tables in {rope['compute_dtype']}{_scaling(rope)}",
+        f"{ROUNDING[rope['compute_dtype']]}{_scaling(rope)}",
         "mlp": f"{mlp['activation']}, width {mlp['intermediate_size']:,}" + ", with biases" * mlp["bias"],
         "quantization": _quantization(data["quantization"]),
     }
@@ -179,13 +178,12 @@ def _quantized(spec: Spec) -> str:
 # ------------------------------------------------------------------------------------------------------- plan
 
 
-def plan(spec: Spec, degree: int, context: int, batch: int) -> Data:
+def plan(spec: Spec, degree: int, context: int | None, batch: int) -> Data:
     """What each rank holds and how many bytes it needs. Raises SpecError when the degree is illegal."""
     model = lower(spec)
+    context = context or min(USUAL_CONTEXT, model.max_position_embeddings)
     if context > model.max_position_embeddings:
-        message = (
-            f"{model.name} has {model.max_position_embeddings:,} positions, and {context:,} are asked for"
-        )
+        message = f"{model.name} has {model.max_position_embeddings:,} positions, not {context:,}"
         raise SpecError([Diagnostic("context-too-long", message, hint="lower --context, or scale RoPE")])
     split = shard.plan(model, degree)
     memory = cost.memory(model, split, context, batch)
@@ -202,18 +200,15 @@ def plan(spec: Spec, degree: int, context: int, batch: int) -> Data:
             "intermediate_size": split.intermediate_size,
             "vocab_size": split.vocab_size,
         },
-        "parameters": [
-            {
-                "name": s.param.name,
-                "shard": s.param.shard.value,
-                "shape": s.param.shape,
-                "rank_shape": s.shape,
-            }
-            for s in split.params
-        ],
+        "parameters": [_share(param) for param in split.params],
         "bytes": asdict(memory) | {"total": memory.total},
         "quantization": spec.quantization.model_dump() if spec.quantization else None,
     }
+
+
+def _share(share: shard.ShardedParam) -> Data:
+    param = share.param
+    return {"name": param.name, "shard": param.shard.value, "shape": param.shape, "rank_shape": share.shape}
 
 
 def plan_text(data: Data) -> str:
@@ -221,7 +216,6 @@ def plan_text(data: Data) -> str:
     owners = rank["kv_head_indices"]
     repeated = len({head for heads in owners for head in heads}) < sum(map(len, owners))
     heads = f"{rank['num_heads']} query heads on {rank['num_kv_heads']} key/value heads"
-    first, rest = _alike(data["parameters"])
     facts = {
         "attention": heads + (", each held by several ranks" if repeated else ""),
         "mlp width": f"{rank['intermediate_size']:,}",
@@ -245,22 +239,20 @@ def plan_text(data: Data) -> str:
             *table(memory.items()),
             "",
             "parameters of a rank",
-            *table([*map(_share, first + rest)]),
+            *table(map(_share_text, _alike(data["parameters"]))),
             "",
             f"degrees that work: {legal}",
         ]
     )
 
 
-def _alike(parameters: Sequence[Data]) -> tuple[list[Data], list[Data]]:
+def _alike(parameters: Sequence[Data]) -> list[Data]:
     """Every layer has the same parameters: those of layer 0 stand for all, under `layers.*`."""
-    first = [p for p in parameters if p["name"].startswith("layers.0.")]
-    layer = [p | {"name": p["name"].replace("layers.0.", "layers.*.")} for p in first]
-    others = [p for p in parameters if not p["name"].startswith("layers.")]
-    return layer, others
+    first = [p for p in parameters if not re.match(r"layers\.[1-9]", p["name"])]
+    return [p | {"name": p["name"].replace("layers.0.", "layers.*.")} for p in first]
 
 
-def _share(parameter: Data) -> tuple[str, str]:
+def _share_text(parameter: Data) -> tuple[str, str]:
     whole, part = (" × ".join(map(str, parameter[key])) for key in ("shape", "rank_shape"))
     return parameter["name"], part if whole == part else f"{part}  of {whole}, split by {parameter['shard']}"
 
@@ -268,7 +260,7 @@ def _share(parameter: Data) -> tuple[str, str]:
 # ------------------------------------------------------------------------------------------------------- text
 
 
-def table(rows: Mapping[str, str] | Any) -> list[str]:
+def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     """Indented lines of two aligned columns."""
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)

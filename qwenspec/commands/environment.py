@@ -44,9 +44,7 @@ def backends_text(reports: list[dict[str, Any]]) -> str:
 
 def _lines(report: dict[str, Any]) -> list[str]:
     problem = report["problem"]
-    libraries = ", ".join(
-        f"{name} {found or '(not installed)'}" for name, found in report["libraries"].items()
-    )
+    libraries = ", ".join(f"{name} {found or '(not installed)'}" for name, found in report["libraries"].items())
     rows = {"libraries": libraries}
     if problem is None:
         rows["runs on"] = ", ".join(report["devices"])

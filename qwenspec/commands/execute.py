@@ -5,7 +5,7 @@ from __future__ import annotations
 import runpy
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import find, open_runner
 from qwenspec.commands import console
-from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
 from qwenspec.spec.document import Spec
 
 if TYPE_CHECKING:
@@ -23,15 +23,26 @@ Data = dict[str, Any]
 TOP = 5  # tokens that `logits` shows of a position
 
 
-def run(spec: Spec, backend: str, arguments: Sequence[str]) -> None:
+def run(spec: Spec, backend: str, device: str | None, arguments: Sequence[str]) -> None:
     """`python -m <package> arguments`, in this process. Ends it with SystemExit, as that does."""
-    with _package(spec, backend) as package:
+    with _package(spec, backend, device) as package:
         sys.path.insert(0, str(package.parent))
         sys.argv = ["qwenspec run", *arguments]
         try:
             runpy.run_module(package.name, run_name="__main__")
         except ModuleNotFoundError as error:
             raise _missing(error) from error
+
+
+def arguments(options: Mapping[str, object]) -> list[str]:
+    """Options as a command line has them: flags without a value, a list's option once for each item."""
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, bool):
+            words += [f"--{name}"] * value
+        elif value is not None:
+            words += [f"--{name}={item}" for item in (value if isinstance(value, list) else [value])]
+    return words
 
 
 def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str, dtype: str | None) -> Floats:
@@ -41,7 +52,7 @@ def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str,
     vocabulary = spec.architecture.vocab_size
     if outside := [i for i in ids if not 0 <= i < vocabulary]:
         raise _bad_ids(f"token id {outside[0]} is outside the vocabulary of {vocabulary:,}")
-    with _package(spec, backend) as package:
+    with _package(spec, backend, device) as package:
         runner = open_runner(package, weights, device, dtype)
         cache = runner.create_paged_kv_cache(1, len(ids), len(ids))
         cache.add_sequence(0)
@@ -86,10 +97,15 @@ def likeliest_text(positions: list[Data]) -> str:
 
 
 @contextmanager
-def _package(spec: Spec, backend: str) -> Iterator[Path]:
-    """The package of `spec` in a folder that is gone afterwards."""
-    if reason := find(backend).unavailable():
+def _package(spec: Spec, backend: str, device: str | None) -> Iterator[Path]:
+    """The package of `spec`, which can run on `device`, in a folder that is gone afterwards."""
+    found = find(backend)
+    if reason := found.unavailable():
         raise SpecError([reason], ExitCode.BACKEND_MISSING)
+    usable = [name.split()[0] for name in found.devices()]
+    if device is not None and device not in usable and f"{device}:0" not in usable:
+        message = f"the {backend} backend cannot use the device `{device}` here"
+        raise SpecError([Diagnostic("no-device", message, hint=f"use {listed(usable)}")])
     with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
         yield emit(spec, backend, folder)
 

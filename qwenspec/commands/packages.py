@@ -33,9 +33,7 @@ def committed(out: Path) -> list[Job]:
     that holds `out`, which has to be the current one: the specs' names are part of what is generated."""
     file = out / COMMITTED
     if not file.is_file():
-        hint = (
-            "`--all` is for a repository that commits generated packages: run it at its root, or name a SPEC"
-        )
+        hint = "`--all` is for a repository that commits generated packages: run it at its root, or name a SPEC"
         raise SpecError([Diagnostic("no-manifest", f"there is no {file}", hint=hint)])
     return [Job(pick(entry["spec"], entry["variant"]), entry["backend"], out) for entry in _entries(file)]
 
@@ -74,9 +72,7 @@ def write(jobs: list[Job]) -> list[dict[str, object]]:
             for file in sorted(package.rglob("*"))
             if file.suffix == ".py" or file.name == MANIFEST
         }
-        written.append(
-            {"package": str(package), "variant": job.spec.variant, "backend": job.backend, "lines": files}
-        )
+        written.append({"package": str(package), "variant": job.spec.variant, "backend": job.backend, "lines": files})
     return written
 
 

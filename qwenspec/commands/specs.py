@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from qwenspec.diagnostics import Diagnostic, SpecError, listed, nearest
@@ -13,6 +14,8 @@ FULL_PRECISION = "none"
 
 def pick(spec: str, variant: str | None = None, quantization: str | None = None) -> Spec:
     """The spec of one variant: `variant`, else the one after `#`, else the file's default."""
+    if variant is not None and not os.path.exists(spec):
+        spec = spec.partition("#")[0]
     found = load(spec, variant)
     return found if quantization is None else found.model_copy(update={"quantization": scheme(quantization)})
 

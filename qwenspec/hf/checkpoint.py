@@ -69,9 +69,7 @@ def tensors_in(folder: Path) -> tuple[set[str], dict[str, Stored]]:
     index = read_json(folder / INDEX).get("weight_map")
     files = sorted({folder / str(name) for name in index.values()} if index else folder.glob("*.safetensors"))
     if not files:
-        raise _fail(
-            folder, "no-tensors", "the folder has no *.safetensors", "import its config.json by name instead"
-        )
+        raise _fail(folder, "no-tensors", "the folder has no *.safetensors", "import its config.json by name instead")
     stored = {name: where for file in files if file.is_file() for name, where in header(file).items()}
     return set(index or stored), stored
 
@@ -85,9 +83,7 @@ def header(file: Path) -> dict[str, Stored]:
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
         spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-        return {
-            name: Stored(file, 8 + length + start, 8 + length + end) for name, (start, end) in spans.items()
-        }
+        return {name: Stored(file, 8 + length + start, 8 + length + end) for name, (start, end) in spans.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _fail(file, "bad-safetensors", "the header of this safetensors file cannot be read") from None
 
@@ -119,7 +115,7 @@ def _untie(config: dict[str, Any], stored: dict[str, Stored]) -> list[str]:
 
 
 def _normalizes(folder: Path) -> bool:
-    """Whether embeddings are divided by their norm, by sentence-transformers' modules.json; true without it."""
+    """Whether embeddings are divided by their norm, by sentence-transformers' modules.json; else true."""
     path = folder / "modules.json"
     if not path.is_file():
         return True
@@ -127,19 +123,13 @@ def _normalizes(folder: Path) -> bool:
         modules = json.loads(path.read_text(encoding="utf-8"))
         kinds = [module["type"].rpartition(".")[2] for module in modules]
         pooling = [
-            read_json(folder / module["path"] / "config.json")
-            for module in modules
-            if "Pooling" in module["type"]
+            read_json(folder / module["path"] / "config.json") for module in modules if "Pooling" in module["type"]
         ]
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise _fail(
-            path, "bad-modules", "modules.json is not sentence-transformers' list of modules"
-        ) from None
+        raise _fail(path, "bad-modules", "modules.json is not sentence-transformers' list of modules") from None
     for how in pooling:
         if how.get("pooling_mode_lasttoken") is False:
-            raise _fail(
-                path, "unsupported-pooling", "only the last token's state is supported as an embedding"
-            )
+            raise _fail(path, "unsupported-pooling", "only the last token's state is supported as an embedding")
     return "Normalize" in kinds
 
 

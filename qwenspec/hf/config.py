@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qwenspec import source
@@ -38,6 +38,11 @@ class Report:
                 break
             location, node = node.entries[key].key, node.entries[key].value
         return location
+
+    def find(self, key: str) -> Path:
+        """The path of a key that is somewhere in the file, or the file's own."""
+        found = [path for path, node in source.walk(self.root) if key in path] if self.root else []
+        return tuple(map(str, found[0])) if found else ()
 
     def check(self) -> None:
         """Raise SpecError if a mistake was found."""

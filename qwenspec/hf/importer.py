@@ -10,7 +10,9 @@ from qwenspec import source
 from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
+from qwenspec.hf.writer import write_spec
 from qwenspec.spec.base import Dtype
+from qwenspec.spec.check import check
 from qwenspec.spec.checkpoint import Layout, builtin_layouts
 from qwenspec.spec.document import Spec
 
@@ -23,7 +25,7 @@ Tree = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ImportResult:
-    """A spec document with one variant, that variant, and what a person should know about how it came to be."""
+    """A spec document with one variant, that variant, and what a person should know about it."""
 
     tree: Tree
     notes: tuple[str, ...]
@@ -41,9 +43,9 @@ def import_config(
 ) -> ImportResult:
     """The spec of a config.json of model type qwen, qwen2 or qwen3.
 
-    `root` is the parsed file, for places in diagnostics. `tensor_names` are those of the whole checkpoint: they
-    and tying are checked against the config, and an embedding model is known by them. `normalize` says whether
-    an embedding model divides by the norm, which config.json does not say.
+    `root` is the parsed file, for places in diagnostics. `tensor_names` are those of the whole checkpoint:
+    they and tying are checked against the config, and an embedding model is known by them. `normalize` says
+    whether an embedding model divides by the norm, which config.json does not say.
 
     Raises SpecError with everything that is missing, wrong, contradictory or read by nobody.
     """
@@ -68,7 +70,7 @@ def import_config(
         "quantization": quantized,
         "variants": {name: {}},
     }
-    spec = _spec(tree, layout, source_file)
+    spec = _spec(tree, report)
     if tensor_names is not None:
         tensors.check(spec, tensor_names, report)
         report.check()
@@ -134,17 +136,16 @@ def _layout(name: str) -> Layout:
     return Layout.model_validate(source.plain(source.parse_file(builtin_layouts()[name]).root))
 
 
-def _spec(tree: Tree, layout: Layout, file: str) -> Spec:
-    """The document's one variant."""
-    return Spec.model_validate(
-        {
-            "family": tree["family"],
-            "variant": tree["default_variant"],
-            "description": tree["description"],
-            "architecture": tree["architecture"],
-            "quantization": tree["quantization"],
-            "layout": layout,
-            "file": file,
-        },
-        strict=False,
-    )
+def _spec(tree: Tree, report: Report) -> Spec:
+    """The document's one variant, read back from its text, so that every rule of a spec file holds."""
+    root = source.parse(write_spec(tree), report.file).root
+    merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization")}
+    name, family, description = tree["default_variant"], tree["family"], tree["description"]
+    spec, findings = check(source.Mapping(merged, root.location), name, family, description, report.file)
+    for finding in findings:
+        keys = [step for step in finding.path if isinstance(step, str)]
+        told = finding.diagnostic
+        report.error(told.code, told.message, report.find(keys[-1]), told.hint)
+    report.check()
+    assert spec is not None, "a spec without findings is complete"
+    return spec

@@ -40,7 +40,7 @@ _RECORDS = (
 
 
 def read(config: Config, linears: Sequence[str]) -> dict[str, Any] | None:
-    """The spec's `quantization`, None in full precision. `linears`: names of the checkpoint's linear modules."""
+    """The spec's `quantization`, None in full precision. `linears` are the checkpoint's linear modules."""
     quantized = config.child("quantization_config")
     if quantized is None:
         return None
@@ -98,9 +98,7 @@ def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("fmt", "e4m3", None, why="the other float8 formats are not implemented")
     config.choice("activation_scheme", ("dynamic",), "dynamic")
     block = config.get("weight_block_size")
-    if not (
-        isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    ):
+    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         config.error("wrong-value", "`weight_block_size` is not two positive numbers", "weight_block_size")
     return {"scheme": "fp8_block", "block": block, "activations": "dynamic"} | _skip(config, linears)
 
@@ -151,7 +149,5 @@ def _skip(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     `should_convert_module`. Norms, embeddings and the LM head are never quantised and need no entry.
     """
     entries = config.names("modules_to_not_convert")
-    skip = [
-        name for name in linears if any(f"{name}.".startswith(f"{e}.") or name.endswith(e) for e in entries)
-    ]
+    skip = [name for name in linears if any(f"{name}.".startswith(f"{e}.") or name.endswith(e) for e in entries)]
     return {"skip": skip} if skip else {}

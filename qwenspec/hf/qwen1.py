@@ -73,8 +73,7 @@ def lacks(arch: Architecture) -> list[str]:
     features = {
         "num_key_value_heads other than num_attention_heads": arch.num_key_value_heads
         not in (None, arch.num_attention_heads),
-        "attention.head_dim other than hidden_size / num_attention_heads": head_dim_of(arch)
-        * arch.num_attention_heads
+        "attention.head_dim other than hidden_size / num_attention_heads": head_dim_of(arch) * arch.num_attention_heads
         != arch.hidden_size,
         "attention.qk_norm": attention.qk_norm != "none",
         "attention.bias.qkv: false": not attention.bias.qkv,

@@ -139,9 +139,7 @@ def _layer_types(config: Config, num_layers: int | None) -> Sequence[str] | None
     if kinds is None:
         return None
     if not isinstance(kinds, list | tuple) or not set(map(str, kinds)) <= set(rope.LAYER_TYPES):
-        config.error(
-            "wrong-value", f"`layer_types` is not a list of {listed(rope.LAYER_TYPES)}", "layer_types"
-        )
+        config.error("wrong-value", f"`layer_types` is not a list of {listed(rope.LAYER_TYPES)}", "layer_types")
         return ()
     if num_layers is not None and len(kinds) != num_layers:
         message = f"`layer_types` has {len(kinds)} entries for {num_layers} layers"

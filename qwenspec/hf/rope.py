@@ -1,7 +1,7 @@
 """Rotary embedding in config.json, both ways.
 
-transformers 4 keeps `rope_theta` and `rope_scaling` apart, version 5 has both in `rope_parameters`. A scaling's
-own keys have the same names in both and in the spec.
+transformers 4 keeps `rope_theta` and `rope_scaling` apart, version 5 has both in `rope_parameters`. The keys
+of a scaling have the same names in both and in the spec.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ def read(config: Config, max_position_embeddings: int | None) -> dict[str, Any]:
     scaling = _parameters(config)
     # Hugging Face ignores this one, or fails on it: nothing that it loads can mean anything but 1.
     for where in (config, scaling):
-        where.fixed(
-            "partial_rotary_factor", 1.0, None, why="Hugging Face's Qwen2 and Qwen3 rotate the whole head"
-        )
+        where.fixed("partial_rotary_factor", 1.0, None, why="Hugging Face's Qwen2 and Qwen3 rotate the whole head")
     rope: dict[str, Any] = {"theta": _theta(config, scaling), "compute_dtype": "activation"}
     kind = _kind(scaling)
     if kind == "default":
@@ -126,8 +124,9 @@ def _fields(
                 f"rope: `{ORIGINAL}` is not given; it is max_position_embeddings, as Hugging Face assumes. "
                 "That is wrong if max_position_embeddings has been raised to the longer context."
             )
-        if model is spec_rope.Yarn and "factor" not in fields and max_position_embeddings:
-            fields["factor"] = max_position_embeddings / fields[ORIGINAL]
+        original = fields.get(ORIGINAL)
+        if model is spec_rope.Yarn and "factor" not in fields and max_position_embeddings and type(original) is int:
+            fields["factor"] = max_position_embeddings / max(original, 1)
     kind = get_args(model.model_fields["kind"].annotation)[0]
     try:
         model.model_validate({"kind": kind, **fields}, strict=False)
@@ -135,9 +134,7 @@ def _fields(
         for problem in error.errors():
             name = str(problem["loc"][0])
             code, said = (
-                ("missing-key", "is missing")
-                if problem["type"] == "missing"
-                else ("wrong-value", problem["msg"])
+                ("missing-key", "is missing") if problem["type"] == "missing" else ("wrong-value", problem["msg"])
             )
             scaling.error(code, f"rope type `{kind}`: `{name}` {said}", name)
     return fields

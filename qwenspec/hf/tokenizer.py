@@ -23,9 +23,7 @@ def find(folder: str | Path) -> TokenizerFiles:
     """Look a checkpoint folder up. Raises SpecError (`json-syntax`) when one of its files is not JSON."""
     folder = Path(folder)
     tokenizer = folder / "tokenizer.json"
-    return TokenizerFiles(
-        tokenizer if tokenizer.is_file() else None, _chat_template(folder), _eos_token_ids(folder)
-    )
+    return TokenizerFiles(tokenizer if tokenizer.is_file() else None, _chat_template(folder), _eos_token_ids(folder))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -38,18 +36,14 @@ def read_json(path: Path) -> dict[str, Any]:
         place = Location(str(path), error.lineno, error.colno, error.doc.splitlines()[error.lineno - 1])
         raise SpecError([Diagnostic("json-syntax", f"not valid JSON: {error.msg}", place)]) from None
     except UnicodeDecodeError:
-        raise SpecError(
-            [Diagnostic("not-utf-8", "the file is not UTF-8", Location(str(path), 0, 0))]
-        ) from None
+        raise SpecError([Diagnostic("not-utf-8", "the file is not UTF-8", Location(str(path), 0, 0))]) from None
     if not isinstance(tree, dict):
-        raise SpecError(
-            [Diagnostic("not-a-mapping", "the file holds no JSON object", Location(str(path), 0, 0))]
-        )
+        raise SpecError([Diagnostic("not-a-mapping", "the file holds no JSON object", Location(str(path), 0, 0))])
     return tree
 
 
 def _chat_template(folder: Path) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's: one text, or named ones of which `default` is meant."""
+    """chat_template.jinja, else tokenizer_config.json's: one text, or named ones, of them `default`."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")

@@ -14,16 +14,18 @@ COLUMN = 44  # where comments begin
 
 _COMMENTS = {
     "vocab_size": "rows of the embedding, padding included",
-    "num_key_value_heads": "null: as many as attention heads",
     "intermediate_size": "width of gate and of up, each",
-    "head_dim": "null: hidden_size / num_attention_heads",
-    "sliding_window": "null: every layer sees everything before it",
-    "logn": "scales queries beyond the length trained on",
     "compute_dtype": "activation: cos and sin are rounded to the model's dtype",
-    "lm_head": "null: an embedding model",
     "checkpoint": "the tensors' names",
 }
-_HEAD = "# yaml-language-server: $schema=schema/spec.v1.schema.json\n"
+_COMMENTS_ON_NULL = {
+    "num_key_value_heads": "as many as attention heads",
+    "head_dim": "hidden_size / num_attention_heads",
+    "sliding_window": "off: attention sees all that came before",
+    "logn": "off: queries are not scaled with the position",
+    "scaling": "off: the frequencies are theta's alone",
+    "lm_head": "none: this is a text-embedding model",
+}
 
 
 def write_spec(tree: dict[str, Any], notes: tuple[str, ...] = ()) -> str:
@@ -35,7 +37,7 @@ def write_spec(tree: dict[str, Any], notes: tuple[str, ...] = ()) -> str:
     for key in ("architecture", "quantization", "variants"):
         if tree.get(key) is not None:
             lines += [*_block(key, tree[key], ""), ""]
-    return _HEAD + "\n".join(lines).rstrip() + "\n"
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _block(key: str, value: Any, indent: str) -> Iterator[str]:
@@ -43,13 +45,13 @@ def _block(key: str, value: Any, indent: str) -> Iterator[str]:
     name = f"{indent}{_scalar(key)}:"
     flow = f"{name} {_flow(value)}"
     if not isinstance(value, dict | list | tuple) or not value:
-        yield _commented(flow, key)
+        yield _commented(flow, key, value)
     elif isinstance(value, dict) and (len(flow) > 70 or not indent or _has_comments(value)):
         yield name
         for inner, item in value.items():
             yield from _block(inner, item, indent + "  ")
     elif len(flow) <= WIDTH:
-        yield _commented(flow, key)
+        yield _commented(flow, key, value)
     else:
         yield f"{name} ["
         items = ", ".join(map(_flow, value))
@@ -66,13 +68,16 @@ def _block(key: str, value: Any, indent: str) -> Iterator[str]:
 
 
 def _has_comments(value: dict[str, Any]) -> bool:
-    return any(
-        key in _COMMENTS or (isinstance(item, dict) and _has_comments(item)) for key, item in value.items()
-    )
+    return any(_about(key, item) or (isinstance(item, dict) and _has_comments(item)) for key, item in value.items())
 
 
-def _commented(line: str, key: str) -> str:
-    return f"{line:<{COLUMN}} # {_COMMENTS[key]}" if key in _COMMENTS else line
+def _commented(line: str, key: str, value: Any) -> str:
+    about = _about(key, value)
+    return f"{line:<{COLUMN}} # {about}" if about else line
+
+
+def _about(key: str, value: Any) -> str | None:
+    return _COMMENTS_ON_NULL.get(key) if value is None else _COMMENTS.get(key)
 
 
 def _comment(note: str) -> list[str]:
@@ -103,9 +108,7 @@ def _scalar(value: Any) -> str:
         case float():
             return number(value)
         case str() if not _PLAIN.fullmatch(value) or value.lower() in _WORDS:
-            return str(
-                yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf"))
-            ).rstrip("\n")
+            return str(yaml.safe_dump(value, default_style='"', allow_unicode=True, width=float("inf"))).rstrip("\n")
         case _:
             return str(value)
 

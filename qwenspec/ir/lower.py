@@ -159,7 +159,7 @@ class _Builder:
 
 
 def _unread_head(spec: Spec, head: nodes.Head) -> tuple[str, ...]:
-    """A checkpoint may hold a head that the model has no use for: a copy of the embedding that it is tied to."""
+    """A checkpoint may hold a head that the model has no use for, such as a copy of the tied embedding."""
     read = isinstance(head, nodes.LmHead) and not head.tied
     return () if read else (f"{spec.layout.lm_head}.weight",)
 

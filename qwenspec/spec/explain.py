@@ -10,7 +10,7 @@ from functools import cache
 from pydantic import BaseModel, ValidationError
 
 from qwenspec.diagnostics import Diagnostic, Location, listed, nearest
-from qwenspec.source import Mapping, Node, Path_, Scalar, Sequence, at, place
+from qwenspec.source import Mapping, Node, Path_, Scalar, Sequence, at, place, written
 from qwenspec.spec.shape import Shape, discriminator, fields, literals, sentence, shape, tagged
 
 MAX_ERRORS = 100  # explained of one validation; nobody reads more, and a file may hold thousands
@@ -127,7 +127,7 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
         return Diagnostic("missing-key", f"missing key `{tag}`", place(root, (*at.path, tag)), hint)
     if kind == "missing" and at.node is None:
         assert at.owner is not None
-        hint = fields(at.owner)[key][0].description or f"it must be {sentence(at.choices)}"
+        hint = f"{fields(at.owner)[key][0].description or ''} It must be {sentence(at.choices)}.".strip()
         return Diagnostic("missing-key", f"missing key `{key}`", place(root, at.path), hint)
     if kind == "union_tag_invalid" and isinstance(at.node, Mapping):
         return _not_allowed(at, root)
@@ -138,7 +138,7 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
     if isinstance(node, Scalar) and isinstance(node.value, str) and literals(at.choices):
         code = "not-allowed"
     message = f"{_subject(at.path)} must be {sentence(at.choices)}; found {found(node)}"
-    return Diagnostic(code, message, place(root, at.path), _hint(at.choices, node))
+    return Diagnostic(code, message, place(root, at.path), _hint(at, node))
 
 
 def _not_allowed(at: _At, root: Node) -> Diagnostic:
@@ -159,7 +159,8 @@ def _not_allowed(at: _At, root: Node) -> Diagnostic:
 def unknown_key(key: str, path: Path_, known: Iterable[str], root: Node) -> Diagnostic:
     """An unknown key in a mapping: where it belongs instead, or the nearest spelling, and all that are allowed."""
     allowed = list(known)
-    elsewhere = [p for p in _elsewhere(key) if p != ".".join(map(str, path[1:]))]
+    start = "architecture." if len(path) == 1 else ""
+    elsewhere = [start + p for p in _elsewhere(key) if p != ".".join(map(str, path[1:]))]
     if elsewhere:
         advice = f"that is {listed(elsewhere)}; "
     else:
@@ -192,13 +193,13 @@ def _keys_by_name() -> dict[str, tuple[str, ...]]:
                 yield from search(choices[0].model, f"{prefix}{name}.")
 
     found: dict[str, tuple[str, ...]] = {}
-    for name, path in search(Architecture, "architecture."):
+    for name, path in search(Architecture, ""):
         found[name] = (*found.get(name, ()), path)
     return found
 
 
 def _elsewhere(key: str) -> tuple[str, ...]:
-    return (f"architecture.{_HF_KEYS[key]}",) if key in _HF_KEYS else _keys_by_name().get(key, ())
+    return (_HF_KEYS[key],) if key in _HF_KEYS else _keys_by_name().get(key, ())
 
 
 def _subject(path: Path_) -> str:
@@ -220,25 +221,28 @@ def found(node: Node | None) -> str:
             return "null"
         case Scalar(value=bool(value)):
             return str(value).lower()
+        case Scalar(value=""):
+            return "an empty text"
         case Scalar(value=str(value)):
             return f'the text "{value if len(value) <= 60 else value[:60] + "…"}"'
-        case Scalar(value=int(value)) if abs(value) > 10**40:
-            return "a number of more than 40 digits"
-        case Scalar(value=value):
-            return f"{value}"
+        case Scalar(location=location):
+            text = written(location)
+            return text if len(text) <= 40 else f"a number of {len(text)} characters"
 
 
-_YES, _NO = ("yes", "on", "y", "True", "TRUE"), ("no", "off", "n", "False", "FALSE")
+_YES, _NO = ("yes", "on", "y", "true"), ("no", "off", "n", "false")
 
 
-def _hint(choices: Shape, node: Node | None) -> str:
+def _hint(at: _At, node: Node | None) -> str:
     """What was probably meant."""
+    choices = at.choices
     wanted = {a.type for a in choices}
     numbers = bool(wanted & {int, float})
     match node:
         case Scalar(value=str(text)):
-            if bool in wanted and text in _YES + _NO:
-                return f"write `{'true' if text in _YES else 'false'}`: `{text}` is text in YAML 1.2"
+            if bool in wanted and text.lower() in _YES + _NO:
+                why = "in quotes it is text" if node.quoted else f"`{text}` is text in YAML 1.2"
+                return f"write `{'true' if text.lower() in _YES else 'false'}`: {why}"
             if type(None) in wanted and text.lower() in ("none", "null", ""):
                 return "write `null`" + (" without quotes" if text == "null" else "")
             if numbers and node.quoted and _number(text) is not None:
@@ -250,7 +254,8 @@ def _hint(choices: Shape, node: Node | None) -> str:
         case Scalar(value=float(value)) if int in wanted and value.is_integer():
             return f"write `{int(value)}`: this must be a whole number, without point or exponent"
         case Scalar(value=None):
-            return "remove the key to get its default" if type(None) not in wanted else ""
+            known = fields(at.owner).get(str(at.path[-1])) if at.owner else None
+            return "remove the key to get its default" if known and not known[0].is_required() else ""
     return ""
 
 

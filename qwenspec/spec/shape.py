@@ -83,11 +83,13 @@ def sentence(choices: Shape) -> str:
     """`bfloat16`, `float16` or `float32`; a whole number from 1 to 8, or null; …"""
     literals = [str(_yaml(v)) for a in choices if a.origin is Literal for v in typing.get_args(a.type)]
     words = [listed(literals)] if literals else []
-    words += [_words(a) for a in choices if a.origin is not Literal and a.type is not type(None)]
-    words = list(dict.fromkeys(words))  # every model of a union is "a mapping"
+    if tagged(choices):
+        words.append(f"a mapping with `{discriminator(choices)}`")
+    else:
+        words += [_words(a) for a in choices if a.origin is not Literal and a.type is not type(None)]
     if any(a.type is type(None) for a in choices):
         words.append("null")
-    return ", or ".join(words) if len(words) > 2 else " or ".join(words)
+    return (", or " if len(words) > 2 or "," in words[0] else " or ").join(words)
 
 
 def literals(choices: Shape) -> list[str]:
@@ -101,27 +103,23 @@ def _yaml(value: object) -> object:
 
 def _words(choice: Alternative) -> str:
     if choice.model or choice.origin is dict:
-        return "a mapping"
+        needed = [key for key, (info, _) in fields(choice.model).items() if info.is_required()] if choice.model else []
+        return f"a mapping with {listed(needed, 'and')}" if 0 < len(needed) <= 2 else "a mapping"
+    bounds = _bounds_in_words(choice)
     if choice.origin is tuple:
         args = typing.get_args(choice.type)
         (each,) = shape(args[0])
         count = "" if Ellipsis in args else f"{len(args)} "
-        return f"a list of {_least(choice, 'at least {} ')}{count}{_MANY[each.type]}{_range(each)}"
-    return _ONE[choice.type] + _least(choice, " that is not empty") + _range(choice)
+        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{bounds and ', at least one'}"
+    return "text, not empty" if choice.type is str and bounds else _ONE[choice.type] + bounds
 
 
-def _bound(choice: Alternative, name: str) -> Any:
-    return next((getattr(b, name) for b in choice.bounds if getattr(b, name, None) is not None), None)
-
-
-def _least(choice: Alternative, words: str) -> str:
-    length = _bound(choice, "min_length")
-    return words.format(length) if length else ""
-
-
-def _range(choice: Alternative) -> str:
-    low, high = _bound(choice, "ge"), _bound(choice, "le")
-    if low is not None and high is not None:
-        return f" from {low} to {high}"
-    bounds = {"above": _bound(choice, "gt"), "of at least": low, "below": _bound(choice, "lt"), "up to": high}
-    return "".join(f" {word} {bound:g}" for word, bound in bounds.items() if bound is not None)
+def _bounds_in_words(choice: Alternative) -> str:
+    words = {"gt": "above {:g}", "ge": "of at least {:g}", "lt": "below {:g}", "le": "up to {:g}", "min_length": "long enough"}
+    told = [
+        phrase.format(getattr(bound, name))
+        for name, phrase in words.items()
+        for bound in choice.bounds
+        if getattr(bound, name, None) is not None
+    ]
+    return f" {' and '.join(told)}" if told else ""

@@ -8,11 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from hf_parity.oracle import tiny_spec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from hf_parity.oracle import tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec_triton.runner import import_package
 
@@ -51,7 +51,7 @@ class CacheMachine(RuleBasedStateMachine):
     def add(self, seq: int) -> None:
         if seq in self.tokens or len(self.tokens) == 4:
             before = state(self.cache)
-            with pytest.raises(ValueError, match="exists already|max_batch_size"):
+            with pytest.raises(ValueError, match=r"exists already|max_batch_size"):
                 self.cache.add_sequence(seq)
             assert state(self.cache) == before
         else:
@@ -107,7 +107,7 @@ class CacheMachine(RuleBasedStateMachine):
         parent = data.draw(st.sampled_from(sorted(self.tokens)))
         at = data.draw(st.integers(-1, len(self.tokens[parent])))
         if child in self.tokens or len(self.tokens) == 4:
-            with pytest.raises(ValueError, match="exists already|max_batch_size"):
+            with pytest.raises(ValueError, match=r"exists already|max_batch_size"):
                 self.cache.fork_sequence(parent, child, at)
             return
         self.cache.fork_sequence(parent, child, at)

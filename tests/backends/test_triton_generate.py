@@ -12,11 +12,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec_triton.runner import import_package
 
@@ -186,7 +186,17 @@ def test_a_copied_package_runs_without_qwenspec(
             target.parent.mkdir(exist_ok=True)
             target.write_bytes(file.read_bytes())
     (tmp_path / "elsewhere" / "qwenspec.py").write_text("raise ImportError('not installed')")
-    command = [sys.executable, "-m", "my_model", "--weights", str(weights), "--prompt", "abc", "--max-tokens", "5"]
+    command = [
+        sys.executable,
+        "-m",
+        "my_model",
+        "--weights",
+        str(weights),
+        "--prompt",
+        "abc",
+        "--max-tokens",
+        "5",
+    ]
     done = subprocess.run(
         [*command, *options], cwd=copy.parent, capture_output=True, text=True, check=True, encoding="utf-8"
     )

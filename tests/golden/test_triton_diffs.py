@@ -6,13 +6,15 @@ Each golden file is the diff between two generated packages: what a reviewer wou
 from __future__ import annotations
 
 import difflib
+import functools
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hf_parity.oracle import QWEN2, QWEN3, tiny_spec
 
+from hf_parity.oracle import QWEN2, QWEN3, tiny_spec
 from qwenspec.backend.emit import render_package
 from qwenspec.backend.registry import find
 
@@ -42,9 +44,10 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def package(change: dict[str, Any]) -> dict[str, list[str]]:
+@functools.cache
+def package(change: str) -> dict[str, list[str]]:
     """File -> lines, without the banner and the hashes, which differ between any two specs."""
-    files = render_package(tiny_spec(change), find("triton"))
+    files = render_package(tiny_spec(json.loads(change)), find("triton"))
     return {
         name: [line for line in text.splitlines() if not line.startswith(("# tiny, gen", "#   qwenspec", '  "spec'))]
         for name, text in files.items()
@@ -52,7 +55,7 @@ def package(change: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    old, new = package(before), package(after)
+    old, new = package(json.dumps(before)), package(json.dumps(after))
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         lines += difflib.unified_diff(old.get(name, []), new.get(name, []), name, name, n=1, lineterm="")

@@ -140,7 +140,8 @@ def _rotate_and_cache_kernel(
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     is_q = head < HEADS
     slot = tl.load(slots_ptr + token).to(tl.int64)
-    cached = (head >= HEADS) & (head < HEADS + KV_HEADS) & (slot >= 0)
+    # The key heads of a token that is not cached are left out.
+    cached = (head >= HEADS) & (head < tl.where(slot >= 0, HEADS + KV_HEADS, HEADS))
     source = (token * (HEADS + 2 * KV_HEADS) + head)[:, None] * HEAD_DIM
     q_row = q_ptr + (token * HEADS + head)[:, None] * HEAD_DIM
     cache_row = (slot * KV_HEADS + head - HEADS)[:, None] * HEAD_DIM

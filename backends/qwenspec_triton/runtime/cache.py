@@ -264,7 +264,9 @@ class PagedKVCache:
         def _check_window(self, sequence: _Sequence, length: int) -> None:
             first = length - self._evict_window + 1 if self._evict_window else 0
             if sequence.evicted and first < sequence.evicted * self.page_size:
-                raise ValueError(f"{length} tokens: the pages before {sequence.evicted * self.page_size} were given back")
+                raise ValueError(
+                    f"{length} tokens: the pages before {sequence.evicted * self.page_size} were given back"
+                )
 
     # --------------------------------------------------------------------------------------------------- batch
 

@@ -66,7 +66,9 @@ def generate(
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):
-            finished = "stop" if token in sampling.stop_tokens else "length" if produced == sampling.max_tokens else None
+            finished = (
+                "stop" if token in sampling.stop_tokens else "length" if produced == sampling.max_tokens else None
+            )
             yield Token(i, token, finished)
             if finished is None:
                 alive.append((i, token))

@@ -29,6 +29,13 @@ class Text:
         """Token ids of a text; special tokens written in it are recognised."""
         return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
 
+    def token(self, text: str) -> int:
+        """The id of a text that is one token."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise TextError(f"{text!r} is {len(ids)} tokens, and should be one")
+        return ids[0]
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids)))

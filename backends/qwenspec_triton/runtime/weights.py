@@ -102,7 +102,9 @@ def check(parameters: list[Parameter], stored: dict[str, Stored], ignored: list[
             elif found.shape != shape:
                 problems.append(f"shape: {tensor} is {list(found.shape)}, and {parameter.name} needs {list(shape)}")
             elif found.dtype not in FLOATS:
-                problems.append(f"dtype: {tensor} is {found.dtype}, and {parameter.name} needs one of {', '.join(FLOATS)}")
+                problems.append(
+                    f"dtype: {tensor} is {found.dtype}, and {parameter.name} needs one of {', '.join(FLOATS)}"
+                )
     for tensor in sorted(set(stored) - wanted):
         if not any(fnmatch(tensor, pattern) for pattern in ignored):
             problems.append(f"left over: {tensor} {list(stored[tensor].shape)} is read by no parameter")
