@@ -79,7 +79,7 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
 
 def listed(words: Iterable[str], last: str = "or") -> str:
     """`a`, `b` or `c`."""
-    *head, tail = [f"`{word}`" for word in words]
+    *head, tail = [f"`{word}`" for word in words] or ["nothing"]
     return f"{', '.join(head)} {last} {tail}" if head else tail
 
 

@@ -6,7 +6,7 @@ import keyword
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,7 +18,7 @@ from qwenspec.source import Entry, Mapping, Node, Scalar, place, plain
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
 from qwenspec.spec.document import Document, Variant
-from qwenspec.spec.explain import explain, unknown_key
+from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
 
@@ -32,8 +32,9 @@ class SpecFile:
     """A parsed spec file, with what is wrong with it before its variants are merged."""
 
     name: str  # as the user named it
+    path: str  # absolute, for comparison
     root: Mapping
-    problems: list[Diagnostic] = field(default_factory=list)
+    problems: list[Diagnostic]
 
     def text(self, key: str) -> str | None:
         """A top-level value that should be text."""
@@ -56,46 +57,57 @@ class SpecFile:
         return chosen if chosen in names else next(iter(names)) if len(names) == 1 else None
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A variant whose `extends` is being followed, and the value that led to it."""
+
+    path: str
+    variant: str
+    named_at: Location | None
+
+
 class Files:
     """The spec files of one run, each read once."""
 
     def __init__(self) -> None:
         self._files: dict[str, SpecFile] = {}
         self._merged: dict[tuple[str, str], Mapping] = {}
-        self._active: list[tuple[str, str]] = []  # the variants whose `extends` is being followed
+        self._trail: list[_Step] = []
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
-        key = os.path.realpath(name)
-        if key not in self._files:
+        path = os.path.realpath(name)
+        if path not in self._files:
             document = source.parse_file(name, wanted_by)
-            file = SpecFile(name, document.root, list(document.diagnostics))
-            file.problems += _problems(file)
-            self._files[key] = file
-        return self._files[key]
+            self._files[path] = SpecFile(name, path, document.root, _problems(document, name, path))
+        return self._files[path]
 
-    def merged(self, file: SpecFile, name: str) -> Mapping:
-        """`architecture` and `quantization` of a variant, its bases, the shared part and its own keys merged.
+    def merged(self, file: SpecFile, name: str, named_at: Location | None = None) -> Mapping:
+        """`architecture` and `quantization` of a variant: its bases, the shared part and its own keys merged.
 
-        A base in another file comes first, then this file's shared part, then the variant. A base in the same file
-        already has the shared part.
+        A base in another file comes first, then this file's shared part, then the variant. A base in the same
+        file already has the shared part. Raises SpecError when an `extends` leads nowhere.
         """
-        key = (os.path.realpath(file.name), name)
-        if key not in self._merged:
-            self._active.append(key)
+        if (file.path, name) not in self._merged:
+            step = _Step(file.path, name, named_at)
+            self._refuse_cycle(step)
+            self._trail.append(step)
             try:
-                self._merged[key] = self._merge(file, file.variants()[name])
+                self._merged[file.path, name] = self._merge(file, file.variants()[name])
             finally:
-                self._active.pop()
-        return self._merged[key]
+                self._trail.pop()
+        return self._merged[file.path, name]
+
+    def shared(self, file: SpecFile) -> Mapping:
+        """What all variants of a file start from, without a base."""
+        return Mapping({k: e for k, e in file.root.entries.items() if k in _MERGED}, file.root.location)
 
     def _merge(self, file: SpecFile, variant: Entry) -> Mapping:
         own = variant.value if isinstance(variant.value, Mapping) else Mapping({}, variant.key)
-        shared = Mapping({k: e for k, e in file.root.entries.items() if k in _MERGED}, file.root.location)
         base = self._base(file, own) or self._base(file, file.root)
-        start: Node = shared
+        start: Node = self.shared(file)
         if base is not None:
-            start = base[1] if base[0] is file else merge(base[1], shared)
+            start = base[1] if base[0] is file else merge(base[1], start)
         keys = {k: e for k, e in own.entries.items() if k not in _OWN_KEYS}
         overlay = {"architecture": Entry(variant.key, Mapping(keys, own.location))}
         if "quantization" in own.entries:
@@ -115,11 +127,19 @@ class Files:
             if base is not file and base.problems:
                 raise SpecError(base.problems)
         chosen = variant_named(base, name or None, node.location)
-        if (os.path.realpath(base.name), chosen) in self._active:
-            _fail("extends-cycle", f"`{node.value}` extends itself", node.location, "break the circle")
-        if len(self._active) > MAX_EXTENDS:
-            _fail("extends-too-long", f"more than {MAX_EXTENDS} variants extend one another", node.location)
-        return base, self.merged(base, chosen)
+        return base, self.merged(base, chosen, node.location)
+
+    def _refuse_cycle(self, step: _Step) -> None:
+        places = [(s.path, s.variant) for s in self._trail]
+        if (step.path, step.variant) in places:
+            circle = [*self._trail[places.index((step.path, step.variant)) + 1 :], step]
+            # However it was entered, a circle is told at its first place in the text.
+            steps = sorted((s.named_at.file, s.named_at.line, s.variant, s.named_at) for s in circle if s.named_at)
+            names = listed((variant for _, _, variant, _ in steps), "and")
+            what = f"{names} extend one another" if len(steps) > 1 else f"{names} extends itself"
+            _fail("extends-cycle", what, steps[0][3], "a chain of `extends` must end in a variant without one")
+        if len(self._trail) > MAX_EXTENDS and step.named_at:
+            _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
 _MERGED = ("architecture", "quantization")
@@ -181,23 +201,26 @@ def _fail(code: str, message: str, location: Location, hint: str = "") -> NoRetu
 # ------------------------------------------------------------------------------------- a file's own mistakes
 
 
-def _problems(file: SpecFile) -> list[Diagnostic]:
+# Mistakes that may follow from a key that could not be read.
+_AFTER_LOST_KEYS = ("missing-key", "no-variants", "unknown-variant", "no-default-variant")
+
+
+def _problems(document: source.Document, name: str, path: str) -> list[Diagnostic]:
     """What is wrong with a file beside its architectures."""
+    file = SpecFile(name, path, document.root, [])
     version = file.root.get("schema_version")
-    if isinstance(version, Scalar) and isinstance(version.value, int) and version.value != 1:
+    if isinstance(version, Scalar) and isinstance(version.value, bool | float):
+        message = f"`schema_version` must be `1`; found {found(version)}"
+        file.problems.append(Diagnostic("not-allowed", message, version.location))
+    elif isinstance(version, Scalar) and isinstance(version.value, int) and version.value != 1:
         message = f"this is a spec of version {version.value}; this qwenspec reads version 1"
-        _fail(
-            "schema-version",
-            message,
-            version.location,
-            "install the version of qwenspec that the spec was written for",
-        )
-    problems = []
+        _fail("schema-version", message, version.location, "install the qwenspec that the spec was written for")
     try:
         Document.model_validate(plain(file.root))
     except ValidationError as error:
-        problems += [finding.diagnostic for finding in explain(Document, file.root, error)]
-    return problems + [*_unknown_keys(file), *_bad_names(file), *_bad_default(file)]
+        file.problems += [finding.diagnostic for finding in explain(Document, file.root, error)]
+    file.problems += [*_unknown_keys(file), *_bad_names(file), *_bad_default(file)]
+    return file.problems
 
 
 def _unknown_keys(file: SpecFile) -> Iterator[Diagnostic]:

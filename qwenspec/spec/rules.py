@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from qwenspec.diagnostics import listed
 from qwenspec.source import Path_
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
@@ -123,10 +124,12 @@ def rotary_dim_is_even(spec: Spec) -> Iterator[Mistake]:
         return  # there is no head_dim to speak of
     dim, scaling = _rotary_dim(arch), arch.rope.scaling
     factor = arch.rope.partial_rotary_factor
+    written = arch.attention.head_dim is not None
     rotates = f"{dim} values of each head rotate" + (
         f" ({factor:g} of {_head_dim(arch)})" if factor != 1 else ""
     )
-    path = _arch("rope", "partial_rotary_factor") if factor != 1 else _arch("attention", "head_dim")
+    path = _arch("attention", "head_dim") if written else _arch("hidden_size")
+    path = _arch("rope", "partial_rotary_factor") if factor != 1 else path
     if dim % 2 or dim == 0:
         yield Mistake(path, f"{rotates}; the number must be even and above 0, as they rotate in pairs")
     elif dim == 2 and isinstance(scaling, Ntk | Dynamic | DynamicQwen1):
@@ -220,34 +223,32 @@ def fused_parts(spec: Spec) -> Iterator[Mistake]:
 
 @rule("layout-names", "layout")
 def distinct_modules(spec: Spec) -> Iterator[Mistake]:
-    seen: dict[str, Path_] = {}
-    for path, name in _module_names(spec.layout):
+    seen: dict[tuple[bool, str], Path_] = {}
+    for path, inside_layer, name in _module_names(spec.layout):
         if name.endswith((".weight", ".bias")):
-            hint = f"write `{name.rpartition('.')[0]}`"
-            yield Mistake(
-                path, f"`{name}` names a tensor; `.weight` and `.bias` are appended to a module's name", hint
-            )
-        if name in seen:
-            keys = ".".join(str(step) for step in seen[name][1:])
-            yield Mistake(path, f"`{name}` is already the name of `{keys}`")
-        seen.setdefault(name, path)
+            message = f"`{name}` names a tensor; `.weight` and `.bias` are appended to a module's name"
+            yield Mistake(path, message, f"write `{name.rpartition('.')[0]}`")
+        first = seen.setdefault((inside_layer, name), path)
+        if first != path:
+            yield Mistake(path, f"`{name}` is already the name of `{'.'.join(map(str, first[1:]))}`")
 
 
-def _module_names(layout: Layout) -> Iterator[tuple[Path_, str]]:
-    """Every module name with its path; those inside a layer follow its name, so that they are compared in full."""
-    for key in ("embedding", "norm", "lm_head"):
-        yield ("layout", key), getattr(layout, key)
-    inside = layout.layer + "."
-    for key in ("input_norm", "post_attention_norm"):
-        yield ("layout", key), inside + getattr(layout, key)
-    for index, name in enumerate(layout.attention.qkv):
-        yield ("layout", "attention", "qkv", index), inside + name
-    for key in ("o", "q_norm", "k_norm"):
-        if getattr(layout.attention, key) is not None:
-            yield ("layout", "attention", key), inside + getattr(layout.attention, key)
-    for index, name in enumerate(layout.mlp.gate_up):
-        yield ("layout", "mlp", "gate_up", index), inside + name
-    yield ("layout", "mlp", "down"), inside + layout.mlp.down
+def _module_names(layout: Layout) -> Iterator[tuple[Path_, bool, str]]:
+    """Every module name with its path, and whether it is inside a layer."""
+    attention, mlp = layout.attention, layout.mlp
+    yield ("layout", "embedding"), False, layout.embedding
+    yield ("layout", "norm"), False, layout.norm
+    yield ("layout", "lm_head"), False, layout.lm_head
+    yield ("layout", "input_norm"), True, layout.input_norm
+    yield ("layout", "post_attention_norm"), True, layout.post_attention_norm
+    for index, name in enumerate(attention.qkv):
+        yield ("layout", "attention", "qkv", index), True, name
+    for key, module in (("o", attention.o), ("q_norm", attention.q_norm), ("k_norm", attention.k_norm)):
+        if module is not None:
+            yield ("layout", "attention", key), True, module
+    for index, name in enumerate(mlp.gate_up):
+        yield ("layout", "mlp", "gate_up", index), True, name
+    yield ("layout", "mlp", "down"), True, mlp.down
 
 
 @rule("layout-qk-norm", "layout", "attention.qk_norm", "checkpoint")
@@ -255,7 +256,7 @@ def qk_norm_has_names(spec: Spec) -> Iterator[Mistake]:
     names = spec.layout.attention
     absent = [key for key in ("q_norm", "k_norm") if getattr(names, key) is None]
     if spec.architecture.attention.qk_norm != "none" and absent:
-        message = f"the checkpoint layout has no name for {' and '.join(f'`{key}`' for key in absent)}"
+        message = f"the checkpoint layout has no name for {listed(absent, 'and')}"
         yield Mistake(
             _arch("attention", "qk_norm"), message, "add it to the layout, or choose another layout"
         )
@@ -343,4 +344,4 @@ def _by_size(sizes: Iterator[tuple[str, int]] | list[tuple[str, int]]) -> dict[i
     names: dict[int, list[str]] = {}
     for name, size in sizes:
         names.setdefault(size, []).append(name)
-    return {size: " and ".join(dict.fromkeys(found)) for size, found in names.items()}
+    return {size: listed(dict.fromkeys(found), "and") for size, found in names.items()}

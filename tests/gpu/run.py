@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "backends" / "kernels")]
 
 SECTIONS = ("kernels", "packages", "graphs", "speed", "profile")
 PARITY = ("qwen3_0_6b_triton", "qwen2_5_7b_instruct_triton", "qwen_7b_triton")  # QK-norm and tied; biases; Qwen-1's names
