@@ -46,20 +46,12 @@ def greedy(
 
 def main() -> None:
     """Measure and print a table, the tasks by row and the prompt formats by column."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--package", type=Path, required=True, metavar="DIR", help="a generated package")
-    parser.add_argument(
-        "--weights", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint folder"
-    )
-    parser.add_argument(
-        "--limit", type=int, default=100, metavar="N", help="problems of each task (default: 100)"
-    )
+    parser.add_argument("--weights", type=Path, required=True, metavar="DIR", help="a Hugging Face checkpoint folder")
+    parser.add_argument("--limit", type=int, default=100, metavar="N", help="problems of each task (default: 100)")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], help="default: the package's own"
-    )
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="default: the package's own")
     args = parser.parse_args()
 
     generate = greedy(args.package.resolve(), args.weights, args.device, args.dtype)

@@ -37,7 +37,7 @@ class Precision(StrEnum):
 
 def main() -> None:
     """The entry point of the `qwenspec` command."""
-    app()
+    app(prog_name="qwenspec")
 
 
 def _version(asked: bool) -> None:
@@ -94,10 +94,7 @@ def gen(
     if (spec is None) != all_:
         problem = "`gen` needs a SPEC, or --all" if spec is None else "`gen --all` takes no SPEC"
         raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
-    if spec is None:
-        jobs = packages.committed(out)
-    else:
-        jobs = [packages.Job(pick(spec, variant, quantization), backend, out)]
+    jobs = packages.committed(out) if spec is None else [packages.Job(pick(spec, variant, quantization), backend, out)]
     strays = packages.stray(out, jobs) if all_ else []
     if check:
         return packages.compare(jobs, strays, as_json)

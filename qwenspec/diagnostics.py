@@ -97,9 +97,7 @@ def _render(diagnostic: Diagnostic, color: bool) -> str:
 
     location = diagnostic.location
     place = paint(f"{_printable(str(location))}: ", "1") if location else ""
-    lines = [
-        f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + _printable(diagnostic.message), '1')}"
-    ]
+    lines = [f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + _printable(diagnostic.message), '1')}"]
     margin = " "
     if location and location.line and location.text.strip():
         number = f"{location.line:>4}"

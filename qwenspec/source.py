@@ -191,9 +191,7 @@ def _fail(code: str, message: str, location: Location, hint: str = "") -> NoRetu
 
 # --------------------------------------------------------------------------------------------------- parsing
 
-_UNPRINTABLE = re.compile(
-    "[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
+_UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _BREAK = re.compile("\r\n|\r|\n")
 _DIRECTIVE = re.compile(r"(?<![^\r\n])%")
 _PROPERTIES = re.compile(r"(?:[&!]\S*\s+)+")
@@ -412,9 +410,7 @@ class _Composer:
             hint = f'put it in quotes: "{written(here)}"' if isinstance(node, Scalar) else ""
             self.diagnostics.append(Diagnostic("key-not-text", "a key must be text", here, hint))
         elif node.value == "<<" and not node.quoted:
-            hint = (
-                "to start from another variant, write `extends: '#variant'` or `extends: other.yaml#variant`"
-            )
+            hint = "to start from another variant, write `extends: '#variant'` or `extends: other.yaml#variant`"
             self.diagnostics.append(Diagnostic("merge-key", "merge keys (`<<`) are not YAML 1.2", here, hint))
         elif node.value in seen:
             first = seen[node.value].key

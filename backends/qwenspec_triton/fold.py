@@ -25,6 +25,7 @@ Edit = tuple[int, int, str]  # characters start … stop - 1 become this text
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 _DECLARATION = re.compile(r"^([A-Z][A-Z0-9_]*)(?:: \w+)? = .*# flag\b.*\n", re.MULTILINE)
+_STAR = re.compile(r"(?:,|^)[ \t]*(\*),", re.MULTILINE)  # between positional and keyword-only parameters
 _TAG = re.compile(r"^(\s*)\[((?:not )?[A-Z][^\]]*)\] ?(.*)$")
 
 
@@ -73,9 +74,7 @@ class _Text:
     def span(self, node: ast.AST) -> tuple[int, int]:
         ends = [(node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)]  # type: ignore[attr-defined]
         # ast counts columns in UTF-8 bytes.
-        start, stop = (
-            self.line(n) + len(self._lines[n - 1].encode()[:column].decode()) for n, column in ends
-        )
+        start, stop = (self.line(n) + len(self._lines[n - 1].encode()[:column].decode()) for n, column in ends)
         return start, stop
 
     def lines(self, first: ast.stmt, last: ast.stmt) -> tuple[int, int]:
@@ -118,9 +117,7 @@ def _evaluate(node: ast.expr, flags: Mapping[str, Flag]) -> Flag | tuple[Flag, .
         case ast.Compare(left=left, ops=[ast.Eq() | ast.NotEq() as op], comparators=[right]):
             a, b = _evaluate(left, flags), _evaluate(right, flags)
             return None if a is None or b is None else (a == b) == isinstance(op, ast.Eq)
-        case ast.Compare(
-            left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Tuple(elts=elements)]
-        ):
+        case ast.Compare(left=left, ops=[ast.In() | ast.NotIn() as op], comparators=[ast.Tuple(elts=elements)]):
             a, values = _evaluate(left, flags), [_evaluate(element, flags) for element in elements]
             return None if a is None or None in values else (a in values) == isinstance(op, ast.In)
     return None
@@ -148,11 +145,7 @@ def _branches(text: _Text, flags: Mapping[str, Flag]) -> Iterator[Edit]:
 
 
 def _operand(text: _Text, node: ast.expr) -> str:
-    return (
-        f"({text.text(node)})"
-        if isinstance(node, ast.BoolOp | ast.IfExp | ast.NamedExpr)
-        else text.text(node)
-    )
+    return f"({text.text(node)})" if isinstance(node, ast.BoolOp | ast.IfExp | ast.NamedExpr) else text.text(node)
 
 
 def _settle(text: _Text, node: ast.If, test: bool) -> Edit:
@@ -226,9 +219,7 @@ def _unused(text: _Text, original: _Text) -> Iterator[Edit]:
                 case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]) if name in gone:
                     yield *text.lines(statement, statement), ""
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
-                    kept = [
-                        alias for alias in aliases if (alias.asname or alias.name).split(".")[0] not in gone
-                    ]
+                    kept = [alias for alias in aliases if (alias.asname or alias.name).split(".")[0] not in gone]
                     if len(kept) < len(aliases):
                         statement.names = kept
                         yield *text.lines(statement, statement), f"{ast.unparse(statement)}\n" if kept else ""
@@ -289,11 +280,12 @@ def _drop_items(text: _Text, spans: Sequence[tuple[int, int]], dropped: Sequence
     last = kept[-1] if kept else -1
     for i in range(last):
         if dropped[i]:
-            yield spans[i][0], spans[i + 1][0], ""
+            star = _STAR.search(text.source, spans[i][1], spans[i + 1][0])
+            yield spans[i][0], star.start(1) if star else spans[i + 1][0], ""
     for start, stop in spans[last + 1 :]:
-        line = text.source.rindex("\n", 0, start) + 1
+        line = text.source.rfind("\n", 0, start) + 1
         if not text.source[line:start].strip():
             yield line, text.source.index("\n", stop) + 1, ""
         else:
-            yield spans[last][1], spans[-1][1], ""
+            yield spans[last][1] if kept else start, spans[-1][1], ""
             return

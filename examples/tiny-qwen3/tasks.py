@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 LETTERS = string.ascii_lowercase
 DIGITS = string.digits
+MOST_PER_TASK = 400  # subtract has the fewest held-out problems, 488
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,12 @@ def problems(seed: int, *, held_out: bool, tasks: Sequence[str] | None = None) -
 
 
 def held_out_problems(per_task: int, seed: int = 0) -> list[Problem]:
-    """`per_task` different held-out problems of every task, the tasks in turn; always the same for a seed."""
+    """`per_task` different held-out problems of every task, the tasks in turn; always the same for a seed.
+
+    Raises ValueError beyond MOST_PER_TASK.
+    """
+    if per_task > MOST_PER_TASK:
+        raise ValueError(f"at most {MOST_PER_TASK} held-out problems of a task, not {per_task}")
     chosen: dict[str, dict[str, Problem]] = {task: {} for task in TASKS}
     for candidate in problems(seed, held_out=True):
         if len(chosen[candidate.task]) < per_task:
@@ -103,12 +109,12 @@ def _items(rng: random.Random) -> list[str]:
 
 def _numbers(rng: random.Random) -> list[int]:
     """Three to five numbers of one or two digits."""
-    return [_number(rng, 2) for _ in range(rng.randint(3, 5))]
+    return [_number(rng) for _ in range(rng.randint(3, 5))]
 
 
-def _number(rng: random.Random, digits: int) -> int:
-    """A number of at most `digits` digits, of which small ones get a larger share than their own."""
-    return rng.randrange(10 ** rng.randint(1, digits))
+def _number(rng: random.Random) -> int:
+    """A number of one or two digits, either as likely as the other."""
+    return rng.choice((rng.randrange(10), rng.randrange(10, 100)))
 
 
 def _copy(rng: random.Random) -> tuple[str, str]:
@@ -143,12 +149,12 @@ def _min(rng: random.Random) -> tuple[str, str]:
 
 
 def _add(rng: random.Random) -> tuple[str, str]:
-    a, b = _number(rng, 3), _number(rng, 3)
+    a, b = _number(rng), _number(rng)
     return f"{a} + {b}", str(a + b)
 
 
 def _subtract(rng: random.Random) -> tuple[str, str]:
-    b, a = sorted((_number(rng, 3), _number(rng, 3)))
+    b, a = sorted((_number(rng), _number(rng)))
     return f"{a} - {b}", str(a - b)
 
 

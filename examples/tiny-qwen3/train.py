@@ -128,7 +128,7 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, steps: int, seed: int, compiled: bool) -> None:
-    """AdamW on the answers' cross-entropy."""
+    """AdamW on the answers' cross-entropy, each problem counting the same whatever its answer's length."""
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -136,7 +136,8 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, steps: int, seed: int, 
 
     def loss_of(ids: Tensor, labels: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits
-        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORE)
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORE, reduction="none")
+        return (losses.sum(-1) / (labels != IGNORE).sum(-1)).mean()
 
     step_loss = torch.compile(loss_of, dynamic=False) if compiled else loss_of
     sample = tasks.held_out_problems(32, seed=1)  # not the problems of the final report
@@ -150,9 +151,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: Tokenizer, steps: int, seed: int, 
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % 250 == 0 or step + 1 == steps:
-            right = " ".join(
-                f"{task} {share:.2f}" for task, share in teacher_forced(model, tokenizer, sample).items()
-            )
+            right = " ".join(f"{task} {share:.2f}" for task, share in teacher_forced(model, tokenizer, sample).items())
             print(
                 f"{step + 1:6d} {time.perf_counter() - start:5.0f} s  loss {loss.item():.4f}  {right}",
                 flush=True,
@@ -181,13 +180,9 @@ def greedy(folder: Path, batch: int = 64) -> Callable[[list[str]], list[str]]:
     def generate(prompts: list[str]) -> list[str]:
         completions: list[str] = []
         for i in range(0, len(prompts), batch):
-            inputs = tokenizer(
-                prompts[i : i + batch], return_tensors="pt", padding=True, return_token_type_ids=False
-            )
+            inputs = tokenizer(prompts[i : i + batch], return_tensors="pt", padding=True, return_token_type_ids=False)
             output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-            completions += tokenizer.batch_decode(
-                output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            )
+            completions += tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return completions
 
     return generate
@@ -214,16 +209,12 @@ def report(folder: Path, per_task: int) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse, train, save, report."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write (default: the committed one)")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="do not compile (slower; needs no C++ compiler)")
-    parser.add_argument(
-        "--per-task", type=int, default=250, help="held-out problems of each task in the report"
-    )
+    parser.add_argument("--per-task", type=int, default=250, help="held-out problems of each task in the report")
     parser.add_argument("--report", action="store_true", help="only report the accuracy of what is in --out")
     args = parser.parse_args(arguments)
 

@@ -20,13 +20,12 @@ import jinja2
 
 import qwenspec
 from qwenspec.backend.api import Backend
-from qwenspec.backend.registry import find
+from qwenspec.backend.registry import MANIFEST, find
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.spec.document import Spec
 
-MANIFEST = "MANIFEST.json"
 LINE_LENGTH = 120
 
 

@@ -49,7 +49,7 @@ def import_path(path: str | Path, name: str | None = None) -> ImportResult:
         notes += _untie(config, stored)
     result = import_config(
         config,
-        name=name or variant_name(folder),
+        name=variant_name(name or folder.resolve().name.lower()),
         source_file=str(file),
         root=document.root,
         tensor_names=names,
@@ -58,9 +58,9 @@ def import_path(path: str | Path, name: str | None = None) -> ImportResult:
     return ImportResult(result.tree, (*notes, *result.notes), result.spec)
 
 
-def variant_name(folder: Path) -> str:
-    """The folder's name in lower case, with what a variant's name cannot have replaced."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", folder.resolve().name.lower()).strip("-._")
+def variant_name(text: str) -> str:
+    """The text with what a variant's name cannot have replaced."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
     return name if name[:1].isalpha() else f"imported-{name}".rstrip("-")
 
 

@@ -68,13 +68,12 @@ def write(arch: Architecture) -> Tree:
 def lacks(arch: Architecture) -> list[str]:
     """The features of an architecture that model type qwen does not have."""
     attention, scaling = arch.attention, arch.rope.scaling
+    heads, width = arch.num_attention_heads, arch.num_attention_heads * head_dim_of(arch)
     kind = scaling.kind if scaling else None
     lengths = {getattr(feature, "train_length", None) for feature in (scaling, attention.logn) if feature}
     features = {
-        "num_key_value_heads other than num_attention_heads": arch.num_key_value_heads
-        not in (None, arch.num_attention_heads),
-        "attention.head_dim other than hidden_size / num_attention_heads": head_dim_of(arch) * arch.num_attention_heads
-        != arch.hidden_size,
+        "num_key_value_heads other than num_attention_heads": arch.num_key_value_heads not in (None, heads),
+        "attention.head_dim other than hidden_size / num_attention_heads": width != arch.hidden_size,
         "attention.qk_norm": attention.qk_norm != "none",
         "attention.bias.qkv: false": not attention.bias.qkv,
         "attention.bias.output that differs from mlp.bias": attention.bias.output != arch.mlp.bias,

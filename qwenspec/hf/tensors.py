@@ -34,19 +34,19 @@ def is_prefixless(names: Collection[str]) -> bool:
     return "embed_tokens.weight" in names
 
 
-def expected(spec: Spec) -> tuple[set[str], set[str]]:
-    """Tensors that the checkpoint must hold, and further ones that it may."""
-    must = {source.tensor for param in lower(spec).params() for source in param.sources}
-    may: set[str] = set()
-    if spec.architecture.tie_word_embeddings:
-        may.add(f"{spec.layout.lm_head}.weight")
-    if spec.quantization is not None:
-        for module in linears(spec.layout, spec.architecture.num_hidden_layers):
-            if module not in spec.quantization.skip:
-                must.remove(f"{module}.weight")
-                must |= {f"{module}.{suffix}" for suffix in QUANTIZED[spec.quantization.scheme]}
-                may.add(f"{module}.bias")  # GPTQ writes zeros where the model has none
-    return must, may - must
+def expected(spec: Spec) -> tuple[set[str], tuple[str, ...]]:
+    """Tensors that the checkpoint must hold, and patterns (fnmatch) of further ones that it may."""
+    model = lower(spec)
+    must = {source.tensor for param in model.params() for source in param.sources}
+    if spec.quantization is None:
+        return must, model.ignored_tensors
+    for module in linears(spec.layout, spec.architecture.num_hidden_layers):
+        if module not in spec.quantization.skip:
+            must.remove(f"{module}.weight")
+            must |= {f"{module}.{suffix}" for suffix in QUANTIZED[spec.quantization.scheme]}
+    # GPTQ writes zeros where the model has no bias.
+    zeros = ("*.bias",) if spec.quantization.scheme == "gptq" else ()
+    return must, model.ignored_tensors + zeros
 
 
 def check(spec: Spec, names: Collection[str], report: Report) -> None:
@@ -64,15 +64,13 @@ def check(spec: Spec, names: Collection[str], report: Report) -> None:
     elif head in may and head in names:
         report.notes.append(f"The checkpoint holds `{head}`, which is not read: the embedding is tied.")
     _tell(report, "missing-tensor", "the checkpoint lacks", sorted(must.difference(names)))
-    unknown = [
-        name
-        for name in sorted(names)
-        if name not in must | may and not any(fnmatch(name, pattern) for pattern in spec.layout.ignore)
-    ]
+    unread = sorted(set(names) - must)
+    unknown = [name for name in unread if not any(fnmatch(name, pattern) for pattern in may)]
     _tell(report, "unknown-tensor", "no parameter of this model reads", unknown)
 
 
 def _tell(report: Report, code: str, said: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-        report.error(code, f"{said} {listed(names[:SHOWN], 'and')}{more}")
+    if len(names) > SHOWN:
+        report.error(code, f"{said} {listed(names[:SHOWN], ',')} and {len(names) - SHOWN} more".replace(" ,", ","))
+    elif names:
+        report.error(code, f"{said} {listed(names, 'and')}")

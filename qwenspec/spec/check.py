@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.source import Entry, Mapping, Path_, parse_file, place, plain
+from qwenspec.source import Entry, Mapping, Path_, at, parse_file, place, plain
 from qwenspec.spec.checkpoint import builtin_layouts
 from qwenspec.spec.document import Spec
 from qwenspec.spec.explain import Finding, explain
@@ -31,9 +31,7 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
 }
 
 
-def check(
-    merged: Mapping, variant: str, family: str, description: str, file: str
-) -> tuple[Spec | None, list[Finding]]:
+def check(merged: Mapping, variant: str, family: str, description: str, file: str) -> tuple[Spec | None, list[Finding]]:
     """The spec, or None and the findings. Cross-field rules are applied to whatever part of it is valid."""
     root, findings, broken = _with_layout(merged)
     data = plain(root) | {"variant": variant, "family": family, "description": description, "file": file}
@@ -65,7 +63,10 @@ def _with_layout(merged: Mapping) -> tuple[Mapping, list[Finding], list[Path_]]:
         findings += [Finding(("layout",), diagnostic) for diagnostic in error.diagnostics]
     if layout is None:
         return merged, findings, [("layout",)]
-    return Mapping(merged.entries | {"layout": Entry(layout.location, layout)}, merged.location), findings, []
+    parent = at(merged, ("architecture", "checkpoint"))
+    inline = isinstance(parent, Mapping) and parent.get("layout") is layout
+    key = parent.entries["layout"].key if isinstance(parent, Mapping) and inline else layout.location
+    return Mapping(merged.entries | {"layout": Entry(key, layout)}, merged.location), findings, []
 
 
 def _overlap(path: Path_, read: Path_) -> bool:

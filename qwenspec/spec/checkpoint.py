@@ -49,7 +49,9 @@ class Layout(Model):
 class Checkpoint(Model):
     """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself."""
 
-    layout: str | Layout
+    layout: str | Layout = Field(
+        description="A built-in layout's name (qwen1, qwen2, qwen3_embedding), a YAML file, or the names themselves."
+    )
 
 
 @cache

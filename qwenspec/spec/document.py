@@ -13,7 +13,6 @@ from qwenspec.spec.base import Model
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.quantization import Quantization
 
-
 Extends = Field(
     default=None,
     min_length=1,
@@ -37,14 +36,10 @@ class Document(Model):
     """A family of decoders: what its variants share, and the variants."""
 
     schema_version: Literal[1] = Field(description="The version of this format.")
-    family: str = Field(
-        min_length=1, description="The family's name; the only variant's when there are no `variants`."
-    )
+    family: str = Field(min_length=1, description="The family's name; the only variant's when there are no `variants`.")
     description: str = Field(default="", description="What the family is, for people.")
     extends: str | None = Extends
-    default_variant: str | None = Field(
-        default=None, description="The variant that is meant when none is named."
-    )
+    default_variant: str | None = Field(default=None, description="The variant that is meant when none is named.")
     architecture: dict[str, Any] = Field(
         default={}, description="What all variants share; a variant may override any key."
     )

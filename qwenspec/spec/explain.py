@@ -131,9 +131,7 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
         return Diagnostic("missing-key", f"missing key `{key}`", place(root, at.path), hint)
     if kind == "union_tag_invalid" and isinstance(at.node, Mapping):
         return _not_allowed(at, root)
-    code = {"literal_error": "not-allowed"}.get(
-        kind, "wrong-type" if kind.endswith("_type") else "out-of-range"
-    )
+    code = {"literal_error": "not-allowed"}.get(kind, "wrong-type" if kind.endswith("_type") else "out-of-range")
     node = at.node
     if isinstance(node, Scalar) and isinstance(node.value, str) and literals(at.choices):
         code = "not-allowed"
@@ -148,9 +146,7 @@ def _not_allowed(at: _At, root: Node) -> Diagnostic:
     node = at.node.get(tag)
     message = f"`{tag}` must be {listed(tagged(at.choices))}; found {found(node)}"
     close = (
-        nearest(node.value, tagged(at.choices))
-        if isinstance(node, Scalar) and isinstance(node.value, str)
-        else None
+        nearest(node.value, tagged(at.choices)) if isinstance(node, Scalar) and isinstance(node.value, str) else None
     )
     hint = f"did you mean `{close}`?" if close else ""
     return Diagnostic("not-allowed", message, place(root, (*at.path, tag)), hint)

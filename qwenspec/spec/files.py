@@ -23,7 +23,7 @@ from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
 
 MAX_EXTENDS = 32
-_NAME = re.compile(r"[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
+VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _OWN_KEYS = tuple(Variant.model_fields)
 
 
@@ -71,7 +71,7 @@ class Files:
 
     def __init__(self) -> None:
         self._files: dict[str, SpecFile] = {}
-        self._merged: dict[tuple[str, str], Mapping] = {}
+        self._merged: dict[tuple[str, str], tuple[Mapping, int]] = {}  # with the length of the chain behind it
         self._trail: list[_Step] = []
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
@@ -88,35 +88,37 @@ class Files:
         A base in another file comes first, then this file's shared part, then the variant. A base in the same
         file already has the shared part. Raises SpecError when an `extends` leads nowhere.
         """
+        step = _Step(file.path, name, named_at)
+        self._refuse_endless(step)
         if (file.path, name) not in self._merged:
-            step = _Step(file.path, name, named_at)
-            self._refuse_cycle(step)
             self._trail.append(step)
             try:
                 self._merged[file.path, name] = self._merge(file, file.variants()[name])
             finally:
                 self._trail.pop()
-        return self._merged[file.path, name]
+        return self._merged[file.path, name][0]
 
     def shared(self, file: SpecFile) -> Mapping:
         """What all variants of a file start from, without a base."""
         return Mapping({k: e for k, e in file.root.entries.items() if k in _MERGED}, file.root.location)
 
-    def _merge(self, file: SpecFile, variant: Entry) -> Mapping:
+    def _merge(self, file: SpecFile, variant: Entry) -> tuple[Mapping, int]:
         own = variant.value if isinstance(variant.value, Mapping) else Mapping({}, variant.key)
+        start, length = self.shared(file), 1
         base = self._base(file, own) or self._base(file, file.root)
-        start: Node = self.shared(file)
         if base is not None:
-            start = base[1] if base[0] is file else merge(base[1], start)
+            other, name, named_at = base
+            inherited = self.merged(other, name, named_at)
+            start = inherited if other is file else _laid_over(inherited, start)
+            length += self._merged[other.path, name][1]
         keys = {k: e for k, e in own.entries.items() if k not in _OWN_KEYS}
         overlay = {"architecture": Entry(variant.key, Mapping(keys, own.location))}
         if "quantization" in own.entries:
             overlay["quantization"] = own.entries["quantization"]
-        merged = merge(start, Mapping(overlay, own.location))
-        assert isinstance(merged, Mapping)
-        return merged
+        return _laid_over(start, Mapping(overlay, own.location)), length
 
-    def _base(self, file: SpecFile, mapping: Mapping) -> tuple[SpecFile, Mapping] | None:
+    def _base(self, file: SpecFile, mapping: Mapping) -> tuple[SpecFile, str, Location] | None:
+        """The variant that a variant or a file extends, and where it says so."""
         node = mapping.get("extends")
         if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
             return None  # absent, or reported as a wrong type
@@ -126,10 +128,9 @@ class Files:
             base = self.open(os.path.normpath(Path(node.location.file).parent / path), node.location)
             if base is not file and base.problems:
                 raise SpecError(base.problems)
-        chosen = variant_named(base, name or None, node.location)
-        return base, self.merged(base, chosen, node.location)
+        return base, variant_named(base, name or None, node.location), node.location
 
-    def _refuse_cycle(self, step: _Step) -> None:
+    def _refuse_endless(self, step: _Step) -> None:
         places = [(s.path, s.variant) for s in self._trail]
         if (step.path, step.variant) in places:
             circle = [*self._trail[places.index((step.path, step.variant)) + 1 :], step]
@@ -138,11 +139,18 @@ class Files:
             names = listed((variant for _, _, variant, _ in steps), "and")
             what = f"{names} extend one another" if len(steps) > 1 else f"{names} extends itself"
             _fail("extends-cycle", what, steps[0][3], "a chain of `extends` must end in a variant without one")
-        if len(self._trail) > MAX_EXTENDS and step.named_at:
+        length = self._merged[step.path, step.variant][1] if (step.path, step.variant) in self._merged else 1
+        if len(self._trail) + length > MAX_EXTENDS and step.named_at:
             _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
 _MERGED = ("architecture", "quantization")
+
+
+def _laid_over(base: Mapping, overlay: Mapping) -> Mapping:
+    merged = merge(base, overlay)
+    assert isinstance(merged, Mapping), "neither side has a kind"
+    return merged
 
 
 def variant_named(file: SpecFile, name: str | None, wanted_by: Location | None = None) -> str:
@@ -153,9 +161,7 @@ def variant_named(file: SpecFile, name: str | None, wanted_by: Location | None =
         chosen = file.default()
         if chosen is None:
             hint = f"name one of {listed(names)}, or set `default_variant`" if names else ""
-            _fail(
-                "no-default-variant", f"`{file.name}` has {len(names)} variants and no default", where, hint
-            )
+            _fail("no-default-variant", f"`{file.name}` has {len(names)} variants and no default", where, hint)
         return chosen
     if name not in names:
         _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, _choices(name, names))
@@ -201,13 +207,9 @@ def _fail(code: str, message: str, location: Location, hint: str = "") -> NoRetu
 # ------------------------------------------------------------------------------------- a file's own mistakes
 
 
-# Mistakes that may follow from a key that could not be read.
-_AFTER_LOST_KEYS = ("missing-key", "no-variants", "unknown-variant", "no-default-variant")
-
-
 def _problems(document: source.Document, name: str, path: str) -> list[Diagnostic]:
     """What is wrong with a file beside its architectures."""
-    file = SpecFile(name, path, document.root, [])
+    file = SpecFile(name, path, document.root, list(document.diagnostics))
     version = file.root.get("schema_version")
     if isinstance(version, Scalar) and isinstance(version.value, bool | float):
         message = f"`schema_version` must be `1`; found {found(version)}"
@@ -240,10 +242,8 @@ def _bad_names(file: SpecFile) -> Iterator[Diagnostic]:
         module = re.sub(r"[-.]", "_", name).lower()
         if not name:
             continue  # a missing family, reported as such
-        if not _NAME.fullmatch(name) or len(name) > 100 or keyword.iskeyword(module):
-            message = (
-                f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
-            )
+        if not re.fullmatch(VARIANT_NAME, name) or len(name) > 100 or keyword.iskeyword(module):
+            message = f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
             hint = "begin with a letter and use letters, digits, `-`, `_` and `.`"
             yield Diagnostic("variant-name", message, entry.key, hint)
         elif module in taken:

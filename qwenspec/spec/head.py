@@ -10,9 +10,7 @@ from qwenspec.spec.base import Dtype, Model
 class LmHead(Model):
     """Logits over the vocabulary, always returned in float32."""
 
-    dtype: Dtype | None = Field(
-        default=None, description="Dtype of the head's weight and product. null: the model's."
-    )
+    dtype: Dtype | None = Field(default=None, description="Dtype of the head's weight and product. null: the model's.")
 
 
 class Embedding(Model):

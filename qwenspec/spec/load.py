@@ -16,6 +16,9 @@ from qwenspec.spec.files import Files, SpecFile, variant_named
 from qwenspec.spec.rules import RULES
 
 MAX_DIAGNOSTICS = 100
+# A key that could not be read takes its value with it; what then seems to be missing may not be.
+_LOSES_KEYS = ("merge-key", "key-not-text")
+_AFTER_LOST_KEYS = ("missing-key", "no-variants", "unknown-variant", "no-default-variant")
 _RULE_CODES = {rule.code for rule in RULES}
 
 
@@ -69,18 +72,27 @@ def _specs(files: Files, file: SpecFile, chosen: dict[str, Entry]) -> list[Spec]
         text = file.text("description") or "" if described is None else described
         spec, findings[name] = check(merged, name, file.text("family") or "", text, file.name)
         specs += [spec] if spec else []
-    problems = file.problems + _told_once(findings, file)
+    problems = file.problems + _told_once(findings, file) + _in_shared_part(files, file)
+    if any(problem.code in _LOSES_KEYS for problem in problems):
+        problems = [problem for problem in problems if problem.code not in _AFTER_LOST_KEYS]
     if problems:
         raise SpecError(_sorted(problems, file.name))
     return specs
 
 
+def _in_shared_part(files: Files, file: SpecFile) -> list[Diagnostic]:
+    """Mistakes in values that every variant overrides. Alone, the shared part need not be complete or coherent."""
+    if not isinstance(file.root.get("architecture"), Mapping):
+        return []
+    _, findings = check(files.shared(file), "", "", "", file.name)
+    partial = ("missing-key", *_RULE_CODES)
+    return [f.diagnostic for f in findings if f.diagnostic.code not in partial]
+
+
 def _mergeable(file: SpecFile, entry: Entry) -> bool:
     """Are the things to be merged mappings? If not, that has been told, and what follows from it would be noise."""
     nodes = (entry.value, file.root.get("architecture"))
-    return all(
-        n is None or isinstance(n, Mapping) or (isinstance(n, Scalar) and n.value is None) for n in nodes
-    )
+    return all(n is None or isinstance(n, Mapping) or (isinstance(n, Scalar) and n.value is None) for n in nodes)
 
 
 def _told_once(findings: dict[str, list[Finding]], file: SpecFile) -> list[Diagnostic]:
@@ -89,20 +101,21 @@ def _told_once(findings: dict[str, list[Finding]], file: SpecFile) -> list[Diagn
     for variant, found in findings.items():
         for finding in found:
             diagnostic = finding.diagnostic
-            same = finding.path if diagnostic.code == "missing-key" else diagnostic.location
-            groups.setdefault((diagnostic.code, same), []).append((variant, finding))
+            what = finding.path if diagnostic.code == "missing-key" else diagnostic.location
+            groups.setdefault((diagnostic.code, what), []).append((variant, finding))
 
     told: list[Diagnostic] = []
     for group in groups.values():
-        variants = list(dict.fromkeys(name for name, _ in group))
-        everywhere = len(variants) == len(findings)
         first, *others = dict.fromkeys(finding.diagnostic for _, finding in group)
+        same = list(dict.fromkeys(name for name, finding in group if finding.diagnostic == first))
+        also = list(dict.fromkeys(name for name, _ in group if name not in same))
         if first.code == "missing-key":
             # What every variant lacks, the shared part lacks.
             shared = replace(first, location=place(file.root, group[0][1].path))
-            told += [shared] if everywhere and others else [first, *others]
-        elif first.code in _RULE_CODES and (others or not everywhere):
-            told.append(replace(first, message=f"{first.message} ({_named(variants)})"))
+            told += [shared] if others and len(same + also) == len(findings) else [first, *others]
+        elif first.code in _RULE_CODES and len(same) < len(findings):
+            where = _named(same) + (f"; also wrong in {_named(also)}" if also else "")
+            told.append(replace(first, message=f"{first.message} ({where})"))
         else:
             told.append(first)
     return told
@@ -110,7 +123,7 @@ def _told_once(findings: dict[str, list[Finding]], file: SpecFile) -> list[Diagn
 
 def _named(variants: list[str]) -> str:
     if len(variants) > 3:
-        return f"variants {listed(variants[:3], ',')} and {len(variants) - 3} more".replace(" ,", ",")
+        return f"variant `{variants[0]}` and {len(variants) - 1} more"
     return f"variants {listed(variants, 'and')}" if variants[1:] else f"variant `{variants[0]}`"
 
 

@@ -8,6 +8,8 @@ from pydantic import Field
 
 from qwenspec.spec.base import Model, PositiveInt
 
+_GROUP = "How many inputs share a scale."
+
 
 class _Quantized(Model):
     skip: tuple[str, ...] = Field(
@@ -20,7 +22,7 @@ class Fp8Block(_Quantized):
     """float8 e4m3 weights with one scale a block (Qwen3-*-FP8)."""
 
     scheme: Literal["fp8_block"]
-    block: tuple[PositiveInt, PositiveInt] = (128, 128)
+    block: tuple[PositiveInt, PositiveInt] = Field(default=(128, 128), description="Outputs and inputs of a block.")
     activations: Literal["dynamic", "none"] = Field(
         default="dynamic", description="dynamic: per token and group of block[1] inputs. none: weights only."
     )
@@ -31,7 +33,7 @@ class Awq(_Quantized):
 
     scheme: Literal["awq"]
     bits: Literal[4] = 4
-    group_size: PositiveInt = 128
+    group_size: PositiveInt = Field(default=128, description=_GROUP)
     zero_point: Literal[True] = True
 
 
@@ -40,9 +42,9 @@ class Gptq(_Quantized):
 
     scheme: Literal["gptq"]
     bits: Literal[4, 8]
-    group_size: PositiveInt | Literal[-1] = 128
-    sym: bool = True
-    desc_act: bool = False
+    group_size: PositiveInt | Literal[-1] = Field(default=128, description=f"{_GROUP} -1: all of them.")
+    sym: bool = Field(default=True, description="Symmetric: the zero points are the middle.")
+    desc_act: bool = Field(default=False, description="Groups are of inputs in the order of their activations' size.")
     checkpoint_format: Literal["gptq", "gptq_v2"] = Field(
         default="gptq", description="gptq stores zero points minus one, gptq_v2 as they are."
     )
@@ -58,7 +60,7 @@ class Int4(_Quantized):
     """Round to nearest, symmetric, one scale a group of inputs."""
 
     scheme: Literal["int4"]
-    group_size: Literal[32, 64, 128] = 32
+    group_size: Literal[32, 64, 128] = Field(default=32, description=_GROUP)
 
 
 Quantization = Annotated[Fp8Block | Awq | Gptq | Int8 | Int4, Field(discriminator="scheme")]

@@ -74,9 +74,7 @@ def heads_divide_hidden_size(spec: Spec) -> Iterator[Mistake]:
     arch = spec.architecture
     if arch.attention.head_dim is None and arch.hidden_size % arch.num_attention_heads:
         message = f"{arch.num_attention_heads} heads do not divide hidden_size, {arch.hidden_size}"
-        yield Mistake(
-            _arch("num_attention_heads"), message, "set `attention.head_dim` if the heads' width is its own"
-        )
+        yield Mistake(_arch("num_attention_heads"), message, "set `attention.head_dim` if the heads' width is its own")
 
 
 @rule("kv-heads-do-not-divide", "num_attention_heads", "num_key_value_heads")
@@ -125,9 +123,7 @@ def rotary_dim_is_even(spec: Spec) -> Iterator[Mistake]:
     dim, scaling = _rotary_dim(arch), arch.rope.scaling
     factor = arch.rope.partial_rotary_factor
     written = arch.attention.head_dim is not None
-    rotates = f"{dim} values of each head rotate" + (
-        f" ({factor:g} of {_head_dim(arch)})" if factor != 1 else ""
-    )
+    rotates = f"{dim} values of each head rotate" + (f" ({factor:g} of {_head_dim(arch)})" if factor != 1 else "")
     path = _arch("attention", "head_dim") if written else _arch("hidden_size")
     path = _arch("rope", "partial_rotary_factor") if factor != 1 else path
     if dim % 2 or dim == 0:
@@ -153,9 +149,7 @@ def yarn_ramp_rises(spec: Spec) -> Iterator[Mistake]:
     scaling = spec.architecture.rope.scaling
     if isinstance(scaling, Yarn) and scaling.beta_fast <= scaling.beta_slow:
         message = f"`beta_fast`, {scaling.beta_fast:g}, must be above `beta_slow`, {scaling.beta_slow:g}"
-        yield Mistake(
-            _arch("rope", "scaling", "beta_fast"), message, "they count rotations; 32 and 1 are usual"
-        )
+        yield Mistake(_arch("rope", "scaling", "beta_fast"), message, "they count rotations; 32 and 1 are usual")
 
 
 @rule("yarn-mscale", "rope.scaling")
@@ -257,9 +251,7 @@ def qk_norm_has_names(spec: Spec) -> Iterator[Mistake]:
     absent = [key for key in ("q_norm", "k_norm") if getattr(names, key) is None]
     if spec.architecture.attention.qk_norm != "none" and absent:
         message = f"the checkpoint layout has no name for {listed(absent, 'and')}"
-        yield Mistake(
-            _arch("attention", "qk_norm"), message, "add it to the layout, or choose another layout"
-        )
+        yield Mistake(_arch("attention", "qk_norm"), message, "add it to the layout, or choose another layout")
 
 
 # ---------------------------------------------------------------------------------------------- quantisation

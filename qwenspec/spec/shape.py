@@ -57,8 +57,7 @@ def _bounds(item: Any) -> Iterator[Any]:
 def fields(model: type[BaseModel]) -> dict[str, tuple[FieldInfo, Shape]]:
     """A model's fields by the key that people write."""
     return {
-        info.alias or name: (info, shape(info.annotation, info.metadata))
-        for name, info in model.model_fields.items()
+        info.alias or name: (info, shape(info.annotation, info.metadata)) for name, info in model.model_fields.items()
     }
 
 
@@ -105,17 +104,20 @@ def _words(choice: Alternative) -> str:
     if choice.model or choice.origin is dict:
         needed = [key for key, (info, _) in fields(choice.model).items() if info.is_required()] if choice.model else []
         return f"a mapping with {listed(needed, 'and')}" if 0 < len(needed) <= 2 else "a mapping"
-    bounds = _bounds_in_words(choice)
     if choice.origin is tuple:
         args = typing.get_args(choice.type)
         (each,) = shape(args[0])
         count = "" if Ellipsis in args else f"{len(args)} "
-        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{bounds and ', at least one'}"
-    return "text, not empty" if choice.type is str and bounds else _ONE[choice.type] + bounds
+        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{', at least one' if _never_empty(choice) else ''}"
+    return _ONE[choice.type] + _bounds_in_words(choice) + (", not empty" if _never_empty(choice) else "")
+
+
+def _never_empty(choice: Alternative) -> bool:
+    return any(getattr(bound, "min_length", None) for bound in choice.bounds)
 
 
 def _bounds_in_words(choice: Alternative) -> str:
-    words = {"gt": "above {:g}", "ge": "of at least {:g}", "lt": "below {:g}", "le": "up to {:g}", "min_length": "long enough"}
+    words = {"gt": "above {:g}", "ge": "of at least {:g}", "lt": "below {:g}", "le": "up to {:g}"}
     told = [
         phrase.format(getattr(bound, name))
         for name, phrase in words.items()

@@ -43,9 +43,7 @@ def inverse_frequencies(rope: Rope, dim: int, max_position: int, length: int) ->
         case Yarn() as yarn:
             return _yarn(theta, dim, yarn)
         case LongRope() as long:
-            divisors = (
-                long.long_factor if length > long.original_max_position_embeddings else long.short_factor
-            )
+            divisors = long.long_factor if length > long.original_max_position_embeddings else long.short_factor
             return _powers(theta, dim) / np.array(divisors, dtype=np.float64)
         case Llama3() as llama3:
             return np.array([_llama3(frequency, llama3) for frequency in _powers(theta, dim)])

@@ -13,11 +13,17 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "backends" / "kernels")]
+import torch
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu import ROOT, correctness, speed
+from gpu.report import Report
 
 SECTIONS = ("kernels", "packages", "graphs", "speed", "profile")
-PARITY = ("qwen3_0_6b_triton", "qwen2_5_7b_instruct_triton", "qwen_7b_triton")  # QK-norm and tied; biases; Qwen-1's names
+# QK-norm and a tied head; biases and a head of its own; Qwen-1's tensor names.
+PARITY = ("qwen3_0_6b_triton", "qwen2_5_7b_instruct_triton", "qwen_7b_triton")
 SPEED = ("qwen3_0_6b_triton", "qwen3_4b_triton", "qwen3_8b_triton")
 GOAL = ("qwen3_4b_triton", "qwen3_8b_triton")  # decode at batch 1 at 70% of the memory bandwidth
 
@@ -29,7 +35,7 @@ def main() -> int:
     parser.add_argument("--strict", action="store_true", help="a missed speed goal is a failure too")
     parser.add_argument("--device", default="cuda", help="cpu runs what can run there, to test this script")
     parser.add_argument("--packages", type=Path, default=ROOT / "generated", help="folder of generated packages")
-    parser.add_argument("--compile-seconds", type=int, default=240, help="for all compiled Hugging Face models together")
+    parser.add_argument("--compile-seconds", type=int, default=240, help="for all of Hugging Face's models together")
     parser.add_argument("--out", type=Path, help="write everything as JSON too")
     args = parser.parse_args()
     wanted = args.sections.split(",")
@@ -39,21 +45,13 @@ def main() -> int:
     if missing:
         parser.error(f"{args.packages} lacks {', '.join(sorted(missing))}: qwenspec gen --all")
 
-    import torch  # after the arguments: --help needs none of it
-
     if args.device == "cuda" and not torch.cuda.is_available():
         print("tests/gpu: PyTorch sees no CUDA device here; nothing was run", file=sys.stderr)
         return 3
-    return run(args, wanted, torch.device(args.device, 0) if args.device == "cuda" else torch.device(args.device))
+    return run(args, wanted, torch.device("cuda", 0) if args.device == "cuda" else torch.device(args.device))
 
 
-def run(args: argparse.Namespace, wanted: list[str], device) -> int:
-    import torch
-
-    import correctness
-    import speed
-    from report import Report
-
+def run(args: argparse.Namespace, wanted: list[str], device: torch.device) -> int:
     torch.manual_seed(0)
     report, start = Report(), time.monotonic()
     print(machine := describe(device))
@@ -84,10 +82,7 @@ def run(args: argparse.Namespace, wanted: list[str], device) -> int:
     return 1 if report.failures or (args.strict and report.misses) else 0
 
 
-def describe(device) -> str:
-    import torch
-    import transformers
-
+def describe(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
     try:
         import triton

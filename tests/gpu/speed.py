@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import limits, packages
-from report import Report
+from gpu.report import Report
 
 DTYPE = torch.bfloat16
 PAGE_SIZE = 16

@@ -22,9 +22,7 @@ def sliding(window: int, layers: Any = "all") -> Change:
     return attention(sliding_window={"window": window, "layers": layers})
 
 
-LENGTH = (
-    40  # of the longest sequence; longer than max_position_embeddings or the original length where it matters
-)
+LENGTH = 40  # of the longest sequence; longer than max_position_embeddings or the original length where it matters
 SHORT_FACTOR, LONG_FACTOR = [1.0 + i / 8 for i in range(8)], [2.0 + i for i in range(8)]
 ALL_BIASES = merge(attention(bias={"qkv": True, "output": True}), {"mlp": {"bias": True}})
 THREE_LAYERS = {"num_hidden_layers": 3}

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_parity.cases import CASES, random_case
-from hf_parity.oracle import Oracle, tiny_spec
 
 import qwenspec
+from hf_parity.cases import CASES, random_case
+from hf_parity.oracle import Oracle, tiny_spec
 from qwenspec.backend.api import Runner
 
 Open = Callable[..., tuple[Oracle, Runner]]
@@ -40,9 +40,7 @@ def open_case(tmp_path_factory: pytest.TempPathFactory) -> Open:
         if (case, dtype) not in runners:
             weights = packages[case].parent / f"weights-{dtype}"
             oracles[case].save(weights, getattr(torch, dtype), shards=3)
-            runners[case, dtype] = qwenspec.open_runner(
-                packages[case], weights=weights, device="cpu", dtype=dtype
-            )
+            runners[case, dtype] = qwenspec.open_runner(packages[case], weights=weights, device="cpu", dtype=dtype)
         return oracles[case], runners[case, dtype]
 
     return open_case

@@ -8,10 +8,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hf_parity.cases import CASES, LENGTH, NATIVE, random_case
-from hf_parity.oracle import QWEN1, Oracle, some_ids, tiny_spec
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from hf_parity.cases import CASES, LENGTH, NATIVE, random_case
+from hf_parity.oracle import QWEN1, Oracle, some_ids, tiny_spec
 from qwenspec.verify.reference import Reference
 
 
@@ -135,9 +135,7 @@ def test_checkpoint_names_are_those_of_hugging_face(case, tmp_path):
     """The folder that the oracle saves loads in Hugging Face's own way, with nothing missing or left over."""
     oracle = Oracle(tiny_spec(*CASES[case]))
     folder = oracle.save(tmp_path, shards=2)
-    loaded, report = type(oracle.model).from_pretrained(
-        folder, attn_implementation="eager", output_loading_info=True
-    )
+    loaded, report = type(oracle.model).from_pretrained(folder, attn_implementation="eager", output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     ids = some_ids(oracle.spec, 9)

@@ -54,9 +54,7 @@ def test_the_committed_tokenizer_is_the_scripts_own(tokenizer: PreTrainedTokeniz
             assert ids == tokenizer.encode(prompt(p.question)) == built.encode(prompt(p.question))
 
 
-@pytest.mark.parametrize(
-    "text", ["sort 5 3 9 1", "27 + 58 = 85", "any text: naïve, 数, 🙂\n\tend ", "  two  spaces"]
-)
+@pytest.mark.parametrize("text", ["sort 5 3 9 1", "27 + 58 = 85", "any text: naïve, 数, 🙂\n\tend ", "  two  spaces"])
 def test_text_survives_the_tokenizer(text: str) -> None:
     tokenizer = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
     assert tokenizer.decode(tokenizer.encode(text).ids) == text

@@ -56,6 +56,11 @@ def test_held_out_problems_are_distinct_and_as_many_for_each_task() -> None:
     assert problems == tasks.held_out_problems(50)
 
 
+def test_more_held_out_problems_than_there_are_is_an_error() -> None:
+    with pytest.raises(ValueError, match="at most 400"):
+        tasks.held_out_problems(401)
+
+
 def independent_answer(question: str) -> str:
     """Worked out from the text of the question alone, not as the generator does."""
     if sums := re.fullmatch(r"(\d+) ([+-]) (\d+)", question):

@@ -113,8 +113,7 @@ def test_taps_compose_into_the_model(qk_norm):
         name, prefix = f"layers.{i}", f"model.layers.{i}"
         normed = taps[f"{name}.input_norm"]
         projected = [
-            normed @ w[f"{prefix}.self_attn.{p}_proj.weight"].T + w[f"{prefix}.self_attn.{p}_proj.bias"]
-            for p in "qkv"
+            normed @ w[f"{prefix}.self_attn.{p}_proj.weight"].T + w[f"{prefix}.self_attn.{p}_proj.bias"] for p in "qkv"
         ]
         close(taps[f"{name}.attention.qkv_proj"], np.hstack(projected))
         context = taps[f"{name}.attention.context"].reshape(5, -1)
@@ -224,9 +223,7 @@ def test_embedding_head(normalize):
 @pytest.mark.parametrize("window", [None, 4])
 def test_chunks_and_decode_equal_one_forward(chunks, window):
     sliding = window and {"window": window, "layers": [1]}
-    model = reference(
-        attention={"head_dim": HEAD_DIM, "sliding_window": sliding, "logn": {"train_length": 6}}
-    )
+    model = reference(attention={"head_dim": HEAD_DIM, "sliding_window": sliding, "logn": {"train_length": 6}})
     sequence, found = model.sequence(), []
     for start, n in zip(np.cumsum([0, *chunks]), chunks, strict=False):
         found.append(sequence.forward(IDS[start : start + n]))
@@ -261,9 +258,7 @@ def test_dynamic_rope_turns_each_forward_for_its_length():
     assert np.abs(logits - reference().logits(IDS[:20])[19:]).max() > 1e-3
 
 
-@pytest.mark.parametrize(
-    "rope", [{"kind": "dynamic", "factor": 2.0}, {"kind": "dynamic_qwen1", "train_length": 8}]
-)
+@pytest.mark.parametrize("rope", [{"kind": "dynamic", "factor": 2.0}, {"kind": "dynamic_qwen1", "train_length": 8}])
 def test_a_prompt_in_chunks_is_the_prompt(rope):
     model = reference(rope=rope)
     told, untold = model.sequence(prompt_length=24), model.sequence()

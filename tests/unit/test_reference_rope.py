@@ -145,16 +145,12 @@ def test_yarn_ramp_is_kept_inside_the_head():
     assert [float(s) for s in slowing(16.0, 8, scaling)] == pytest.approx([1, 1, 1, 1], rel=1e-12)
     # 100000 turns never happen: the ramp starts at 0, not before it, and ends at 10.
     ramp = ramp_of(scaling.model_copy(update={"beta_fast": 1e5}), 2.0**16, 32)
-    assert [float(r) for r in ramp] == pytest.approx(
-        [min(i / 10, 1) for i in range(16)], rel=1e-12, abs=1e-12
-    )
+    assert [float(r) for r in ramp] == pytest.approx([min(i / 10, 1) for i in range(16)], rel=1e-12, abs=1e-12)
 
 
 def test_yarn_ramp_of_no_width_is_a_step():
     # Both ends at i = 3.01: pairs 0 to 3 stay, the others are slowed.
-    scaling = yarn(
-        original_max_position_embeddings=1024, beta_fast=8.0, beta_slow=8.0, factor=2.0, truncate=False
-    )
+    scaling = yarn(original_max_position_embeddings=1024, beta_fast=8.0, beta_slow=8.0, factor=2.0, truncate=False)
     actual = [float(s) for s in slowing(math.exp(8), 16, scaling)]
     assert actual == pytest.approx([1, 1, 1, 1, 2, 2, 2, 2], rel=1e-12)
 
@@ -228,9 +224,7 @@ def test_llama3(theta, dim, original):
     np.testing.assert_allclose([float(s) for s in actual], [float(e) for e in expected], **EXACT)
 
 
-@pytest.mark.parametrize(
-    "kind", [None, Linear(kind="linear", factor=2.0), Dynamic(kind="dynamic", factor=2.0)]
-)
+@pytest.mark.parametrize("kind", [None, Linear(kind="linear", factor=2.0), Dynamic(kind="dynamic", factor=2.0)])
 def test_other_scalings_have_no_attention_factor(kind):
     assert attention_factor(kind, 4096) == 1
 

@@ -43,9 +43,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     n, size = x.shape
     h, out = x.new_empty(n, size), x.new_empty(n, size)
     block = triton.next_power_of_2(size)
-    _add_rms_norm_kernel[(n,)](
-        x, residual, weight, h, out, size, eps, BLOCK=block, num_warps=_num_warps(block)
-    )
+    _add_rms_norm_kernel[(n,)](x, residual, weight, h, out, size, eps, BLOCK=block, num_warps=_num_warps(block))
     return out, h
 
 

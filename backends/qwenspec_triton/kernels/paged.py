@@ -3,9 +3,7 @@
 from torch import Tensor
 
 
-def sequence_kv(
-    k_pages: Tensor, v_pages: Tensor, table: Tensor, start: int, stop: int
-) -> tuple[Tensor, Tensor]:
+def sequence_kv(k_pages: Tensor, v_pages: Tensor, table: Tensor, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Tokens start … stop - 1 of a sequence. Views, nothing copied, when its pages follow one another.
 
     k_pages, v_pages: [pages, page_size, num_kv_heads, head_dim]

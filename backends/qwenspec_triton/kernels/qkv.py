@@ -1,4 +1,4 @@
-"""What happens between the QKV projection and attention: QK-norm, RoPE, LogN, the write to the cache."""
+"""What happens between the QKV projection and attention, the write to the paged cache included."""
 
 import torch
 import torch.nn.functional as F

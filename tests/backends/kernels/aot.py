@@ -73,22 +73,21 @@ class Launch:
         return triton.compile(self.source(), target=TARGETS[target], options=options)
 
 
-def record(module: ModuleType, call: Callable[[], object]) -> list[Launch]:
-    """The launches of `call`, which uses the module with tensors on the meta device."""
+def record(module: ModuleType, target: str, call: Callable[[], object]) -> list[Launch]:
+    """The launches that `call` asks for on a chip. It uses the module, with tensors on the meta device."""
     launches: list[Launch] = []
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         launches.append(Launch(self, args, kwargs))
 
-    patches = [mock.patch("triton.runtime.jit.JITFunction.run", run), mock.patch.object(module, "use_triton", lambda x: True)]
-    if hasattr(module, "_num_processors"):
-        patches.append(mock.patch.object(module, "_num_processors", lambda device: 132))
-    for patch in patches:
-        patch.start()
-    try:
+    chip = {
+        "use_triton": lambda x: True,
+        "architecture": lambda device: target,
+        "num_processors": lambda device: 132,
+    }
+    present = {name: value for name, value in chip.items() if hasattr(module, name)}
+    with mock.patch("triton.runtime.jit.JITFunction.run", run), mock.patch.multiple(module, **present):
         call()
-    finally:
-        mock.patch.stopall()
     return launches
 
 

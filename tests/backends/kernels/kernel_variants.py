@@ -20,7 +20,7 @@ BACKEND = Path(__file__).parents[3] / "backends" / "qwenspec_triton"
 
 FLAGS: dict[str, dict[str, tuple[bool | str, ...]]] = {
     "norm": {"ONE_PLUS": (False, True)},
-    "qkv": {name: (False, True) for name in ("QK_NORM", "ONE_PLUS", "LOGN", "PARTIAL_ROTARY")},
+    "qkv": dict.fromkeys(("QK_NORM", "ONE_PLUS", "LOGN", "PARTIAL_ROTARY"), (False, True)),
     "decode_attention": {"SLIDING": (False, True)},
     "prefill_attention": {"SLIDING": (False, True)},
     "activation": {"ACTIVATION": ("silu", "relu", "gelu", "gelu_tanh")},

@@ -45,17 +45,24 @@ def decode(module: ModuleType, *window: int, head_dim: int = HEAD_DIM, dtype: to
     module.decode_attention(meta(4, HEADS, head_dim, dtype=dtype), cache, cache, ints(4, 256), ints(4), 0.1, *window)
 
 
-def prefill(module: ModuleType, longest: int, *window: int, dtype: torch.dtype = torch.bfloat16) -> None:
-    q, cache = meta(2048, HEADS, HEAD_DIM, dtype=dtype), pages(dtype=dtype)
+def prefill(
+    module: ModuleType,
+    longest: int,
+    *window: int,
+    head_dim: int = HEAD_DIM,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:
+    q, cache = meta(2048, HEADS, head_dim, dtype=dtype), pages(head_dim, dtype)
     module.prefill_attention(q, cache, cache, ints(4, 256), ints(5), ints(4), longest, 0.1, *window)
 
 
-def call(file: str, use: Callable[..., None], *args: object, **flags: bool | str) -> list[Launch]:
-    module = load(file, **flags)
-    return record(module, partial(use, module, *args))
+def launches(target: str) -> Iterator[tuple[str, Launch]]:
+    """What each variant launches on a chip."""
 
+    def call(file: str, use: Callable[..., None], *args: object, **flags: bool | str) -> list[Launch]:
+        module = load(file, **flags)
+        return record(module, target, partial(use, module, *args))
 
-def launches() -> Iterator[tuple[str, Launch]]:
     qkv = {"QK_NORM": False, "ONE_PLUS": False, "LOGN": False, "PARTIAL_ROTARY": False}
     norms = meta(HEAD_DIM), meta(HEAD_DIM), 1e-6
     scale = meta(8, dtype=torch.float32)
@@ -68,12 +75,13 @@ def launches() -> Iterator[tuple[str, Launch]]:
         "qkv-all": call("qkv", rotate, 32, torch.float32, *norms, scale, **dict.fromkeys(qkv, True)),
         "decode": call("decode_attention", decode, SLIDING=False),
         "decode-sliding": call("decode_attention", decode, 4096, SLIDING=True)[:1],
+        "decode-float32": call("decode_attention", partial(decode, dtype=torch.float32), SLIDING=False)[:1],
+        "decode-256": call("decode_attention", partial(decode, head_dim=256), SLIDING=False)[:1],
         "prefill": call("prefill_attention", prefill, 2048, SLIDING=False),
         "prefill-short": call("prefill_attention", prefill, 64, SLIDING=False),
         "prefill-sliding": call("prefill_attention", prefill, 2048, 4096, SLIDING=True),
-        "prefill-float32": call(
-            "prefill_attention", partial(prefill, dtype=torch.float32), 2048, SLIDING=False
-        ),
+        "prefill-256": call("prefill_attention", partial(prefill, head_dim=256), 2048, SLIDING=False),
+        "prefill-float32": call("prefill_attention", partial(prefill, dtype=torch.float32), 2048, SLIDING=False),
     }
     for name, group in groups.items():
         for launch in group:
@@ -88,7 +96,7 @@ def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_the_chip(target: str) -> None:
-    for name, launch in launches():
+    for name, launch in launches(target):
         used = resources(launch.compile(target), target)
         assert used.spilled == 0, f"{name}: {used}"
         assert used.registers <= MAX_REGISTERS[target], f"{name}: {used}"

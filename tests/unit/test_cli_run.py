@@ -1,0 +1,133 @@
+"""`run` and `logits`: the generated package behind the command line."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_runs import TINY, call, data, write_checkpoint
+from typer.testing import Result
+
+import qwenspec
+from qwenspec.commands import execute
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with tiny.yaml and a checkpoint of it in weights/."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.yaml").write_text(TINY)
+    write_checkpoint(folder / "tiny.yaml", folder / "weights")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`run` is the end of a process; in this one the next test must find nothing of it."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "argv", sys.argv[:])
+    yield
+    forget()
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] in ("tiny_triton", "wide_triton")]:
+        del sys.modules[name]
+
+
+def run(folder: Path, *arguments: str) -> Result:
+    forget()
+    return call("run", folder / "tiny.yaml", "--weights", folder / "weights", "--device", "cpu", *arguments)
+
+
+def test_run_prints_what_the_package_alone_prints(folder: Path, tmp_path: Path) -> None:
+    ours = run(folder, "--prompt", "CAB", "--max-tokens", "6")
+    assert (ours.exit_code, ours.stderr) == (0, "")
+    assert len(ours.stdout) > 3
+    package = qwenspec.emit(qwenspec.load(folder / "tiny.yaml"), "triton", tmp_path)
+    arguments = ["--weights", str(folder / "weights"), "--prompt", "CAB", "--max-tokens", "6", "--device", "cpu"]
+    alone = subprocess.run(
+        [sys.executable, "-m", package.name, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert ours.stdout == alone.stdout
+
+
+def test_run_takes_several_prompts_and_sampling(folder: Path) -> None:
+    sampling = ["--temperature", "0.9", "--top-k", "5", "--top-p", "0.8", "--seed", "3", "--max-tokens", "5"]
+    prompts = ["--prompt", "C", "--prompt", "--D", "--chat"]
+    answers = data(run(folder, *prompts, *sampling, "--json"))
+    assert [entry["prompt"] for entry in answers] == ["C", "--D"]
+    text = "".join(f"--- {entry['prompt']}\n{entry['text']}\n" for entry in answers)
+    assert run(folder, *prompts, *sampling).stdout == text
+
+
+def test_run_stops_at_the_token_that_is_named(folder: Path) -> None:
+    (free,) = data(run(folder, "--prompt", "CAB", "--max-tokens", "6", "--json"))
+    last = free["text"][-1]
+    stopped = run(folder, "--prompt", "CAB", "--max-tokens", "6", "--json", "--stop", last)
+    assert data(stopped)[0]["text"] == free["text"][: free["text"].index(last)]
+    two = run(folder, "--prompt", "CAB", "--stop", "AB")
+    assert two.exit_code == 2
+    assert "'AB' is 2 tokens, and should be one" in two.stderr
+
+
+def test_run_says_what_is_wrong_with_a_checkpoint(folder: Path) -> None:
+    wide = folder / "wide.yaml"
+    wide.write_text(TINY.replace("tiny", "wide").replace("intermediate_size: 48", "intermediate_size: 64"))
+    other = call("run", wide, "--weights", folder / "weights", "--prompt", "C")
+    assert (other.exit_code, other.stdout) == (2, "")
+    assert "model.layers.0.mlp.down_proj.weight" in other.stderr
+
+
+def test_logits_are_those_of_the_runner(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "logits.npy"
+    arguments = ["logits", folder / "tiny.yaml", "--weights", folder / "weights", "--ids", "3, 1,4"]
+    saved = call(*arguments, "-o", file)
+    assert (saved.exit_code, saved.stdout) == (0, "")
+    assert saved.stderr == f"wrote {file}: float32 [3, 40]\n"
+    values = np.load(file)
+    shown = data(call(*arguments, "--json"))
+    assert [entry["id"] for entry in shown] == [3, 1, 4]
+    for entry, row in zip(shown, values, strict=True):
+        assert [token["id"] for token in entry["top"]] == list(np.argsort(-row)[:5])
+        assert entry["top"][0]["logit"] == row.max()
+    assert call(*arguments).stdout.splitlines()[3].split()[:2] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["--ids", "1,two"], "`1,two` is not a list of token ids"),
+        (["--ids", ""], "is not a list of token ids"),
+        (["--ids", "1,40"], "token id 40 is outside the vocabulary of 40"),
+        (["--ids", "1", "--device", "toaster"], "cannot use the device `toaster` here"),
+    ],
+)
+def test_logits_names_what_is_wrong(folder: Path, arguments: list[str], reason: str) -> None:
+    result = call("logits", folder / "tiny.yaml", "--weights", folder / "weights", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert reason in result.stderr
+
+
+def test_a_backend_that_cannot_run_here_exits_3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    result = call("logits", folder / "tiny.yaml", "--weights", folder / "weights", "--ids", "1")
+    assert result.exit_code == 3
+    assert "error[backend-missing]" in result.stderr
+    assert "pip install" in result.stderr
+
+
+def test_a_library_that_only_text_needs_exits_3_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    result = call("run", folder / "tiny.yaml", "--weights", folder / "weights", "--prompt", "C")
+    assert result.exit_code == 3
+    assert "pip install 'qwenspec[run]'" in result.stderr
+
+
+def test_options_become_arguments() -> None:
+    options = {"prompt": ["a", "-b"], "top-k": 3, "seed": 0, "stop": None, "chat": True, "json": False}
+    assert execute.arguments(options) == ["--prompt=a", "--prompt=-b", "--top-k=3", "--seed=0", "--chat"]

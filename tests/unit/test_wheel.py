@@ -1,0 +1,92 @@
+"""A wheel built from the repository has everything that the command needs, outside the repository."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+from cli_runs import QWEN3, ROOT
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy: a build leaves folders in its source tree."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in ("qwenspec", "backends"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "--wheel-dir",
+        str(out),
+    ]
+    subprocess.run([*pip, str(source)], check=True)
+    (built,) = out.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_every_file_of_its_packages(wheel: Path) -> None:
+    held = set(zipfile.ZipFile(wheel).namelist())
+    roots = {ROOT: ROOT / "qwenspec", ROOT / "backends": ROOT / "backends" / "qwenspec_triton"}
+    kinds = (".py", ".yaml", ".jinja", ".typed")
+    wanted = {
+        str(file.relative_to(base))
+        for base, root in roots.items()
+        for file in root.rglob("*")
+        if file.suffix in kinds and "__pycache__" not in file.parts
+    }
+    assert wanted - held == set()
+    assert any(name.endswith("licenses/LICENSE") for name in held)
+
+
+def test_the_installed_command_works_outside_the_repository(wheel: Path, tmp_path: Path) -> None:
+    venv, away = tmp_path / "venv", tmp_path / "away"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
+    python = venv / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    # The dependencies are this environment's; a path file adds the folder and not what its own path files add,
+    # such as an editable qwenspec.
+    (Path(site) / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    away.mkdir()
+    shutil.copy(QWEN3, away / "qwen3.yaml")
+
+    def run(*arguments: str) -> str:
+        clean = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+        done = subprocess.run(
+            [venv / "bin" / "qwenspec", *arguments], cwd=away, env=clean, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    found = subprocess.run(
+        [python, "-c", "import qwenspec, qwenspec_triton; print(qwenspec.__file__, qwenspec_triton.__file__)"],
+        cwd=away,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(path.startswith(site) for path in found.stdout.split())
+    assert run("validate", "qwen3.yaml").startswith("qwen3.yaml: ")
+    assert "triton" in run("backends")
+    run("gen", "qwen3.yaml", "--out", "out")
+    assert (away / "out" / "qwen3_0_6b_triton" / "model.py").is_file()
