@@ -40,7 +40,7 @@ gen: $(INSTALLED)
 	$(BIN)/qwenspec gen --all
 
 bench: $(INSTALLED)
-	$(BIN)/python -m benchmarks
+	$(BIN)/python benchmarks/cpu.py
 
 # On a machine with a GPU: torch, triton and numpy of its own, no network, nothing installed.
 test-gpu:

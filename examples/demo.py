@@ -25,24 +25,25 @@ def main() -> int:
     from tasks import DEMO
 
     say("1/4  A spec becomes a package: specs/qwen3.yaml")
-    qwenspec("gen", "specs/qwen3.yaml", "--backend", "triton", "--out", str(OUT))
+    qwenspec("gen", "specs/qwen3.yaml", "--backend", "triton", "--out", "build/demo")
 
     say("2/4  So does the spec of a small checkpoint that was trained on sums and sorting: examples/tiny-qwen3")
-    qwenspec("gen", "examples/tiny-qwen3/spec.yaml", "--backend", "triton", "--out", str(OUT))
+    qwenspec("gen", "examples/tiny-qwen3/spec.yaml", "--backend", "triton", "--out", "build/demo")
 
     say(f"3/4  The question: {DEMO.question!r}. The right answer: {DEMO.answer!r}")
+    print("the generated package:  ", end="", flush=True)
     ours = answer_of_the_package(DEMO.question)
-    print(f"the generated package:  {ours!r}")
-    print("loading Hugging Face …", end="\r", flush=True)
+    print(repr(ours))
+    print("Hugging Face:           ", end="", flush=True)
     ids, theirs, reference = hugging_face(DEMO.question)
-    print(f"Hugging Face:           {theirs!r}")
+    print(repr(theirs))
 
     say("4/4  The logits of every position of question and answer, in float32")
     difference, scale = compare(ids, reference)
     print(f"largest difference:     {difference:.3g}, where the largest logit is {scale:.3g}")
-    good = ours == theirs == DEMO.answer and difference <= TOLERANCE * scale
-    print("\nThe same function." if good else "\nNOT the same function.")
-    return 0 if good else 1
+    right, same = ours == theirs == DEMO.answer, difference <= TOLERANCE * scale
+    print(f"\nThe answer is {'right' if right else 'WRONG'}, and the function {'the same' if same else 'DIFFERENT'}.")
+    return 0 if right and same else 1
 
 
 def say(text: str) -> None:
@@ -65,7 +66,9 @@ def answer_of_the_package(question: str) -> str:
 def hugging_face(question: str):
     """Token ids of the whole exchange [n], the answer's text, and the logits [n, vocab]."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
 
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     model = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)

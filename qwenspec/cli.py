@@ -52,7 +52,20 @@ def _backends(incomplete: str) -> list[str]:
     return [name for name in installed() if name.startswith(incomplete)]
 
 
-Spec = Annotated[str, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")]
+def _variants(incomplete: str) -> list[str]:
+    """`file.yaml#` is completed here, `file` by the shell."""
+    from qwenspec.spec.load import variants
+
+    file, mark, start = incomplete.partition("#")
+    try:
+        names = variants(file) if mark else []
+    except SpecError:
+        return []
+    return [f"{file}#{name}" for name in names if name.startswith(start)]
+
+
+SPEC = typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant", autocompletion=_variants)
+Spec = Annotated[str, SPEC]
 Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: the file's default_variant.")]
 Backend = Annotated[str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)]
 Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")]
@@ -78,7 +91,7 @@ def options(
 @app.command()
 @guarded
 def gen(
-    spec: Annotated[str | None, typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant")] = None,
+    spec: Annotated[str | None, SPEC] = None,
     backend: Backend = "triton",
     variant: Variant = None,
     quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
@@ -182,8 +195,8 @@ def show(
 @app.command()
 @guarded
 def diff(
-    a: Annotated[str, typer.Argument(metavar="A", help="file.yaml or file.yaml#variant")],
-    b: Annotated[str, typer.Argument(metavar="B", help="file.yaml or file.yaml#variant")],
+    a: Spec,
+    b: Spec,
     as_json: Json = False,
 ) -> None:
     """What changes from one model to another."""

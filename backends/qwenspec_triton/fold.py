@@ -98,13 +98,13 @@ def _names(*nodes: ast.AST) -> set[str]:
 # --------------------------------------------------------------------------------------------------- branches
 
 
-def _evaluate(node: ast.expr, flags: Mapping[str, Flag]) -> Flag | tuple[Flag, ...] | None:
+def _evaluate(node: ast.expr, flags: Mapping[str, Flag]) -> Flag | None:
     """The value of an expression of flags and constants, or None if it has anything else in it."""
     match node:
         case ast.Name(id=name):
             return flags.get(name)
-        case ast.Constant(value=bool() | str() | int() as value):
-            return value
+        case ast.Constant(value=bool() | str() | int() as constant):
+            return constant
         case ast.UnaryOp(op=ast.Not(), operand=operand):
             value = _evaluate(operand, flags)
             return None if value is None else not value
@@ -126,7 +126,7 @@ def _evaluate(node: ast.expr, flags: Mapping[str, Flag]) -> Flag | tuple[Flag, .
 def _branches(text: _Text, flags: Mapping[str, Flag]) -> Iterator[Edit]:
     """What takes the place of each branch on a flag; branches within one wait for the next round."""
 
-    def value(test: ast.expr) -> Flag | tuple[Flag, ...] | None:
+    def value(test: ast.expr) -> Flag | None:
         return _evaluate(test, flags) if _names(test) & set(flags) else None
 
     waiting: list[ast.AST] = [text.tree]

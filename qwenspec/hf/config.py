@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from qwenspec.hf.harmless import HARMLESS
 
 Path = tuple[str, ...]
 MISSING: Any = object()
+MAX_LAYERS = 10_000  # more is a mistake, and would take long to find out
 
 
 class Report:
@@ -90,9 +92,10 @@ class Config:
 
     # ------------------------------------------------------------------------------------------- readers
 
-    def size(self, key: str, assumed: object = MISSING) -> int | None:
-        """A positive whole number. It must be there; Hugging Face would take `assumed` in its place."""
-        value = self._read(key, _is_size, "a positive whole number", assumed)
+    def size(self, key: str, assumed: object = MISSING, limit: int = 1 << 40) -> int | None:
+        """A whole number from 1 to `limit`. It must be there; Hugging Face would take `assumed` in its place."""
+        wanted = f"a whole number from 1 to {limit:,}"
+        value = self._read(key, lambda given: type(given) is int and 0 < given <= limit, wanted, assumed)
         return None if value is None else int(value)
 
     def number(self, key: str, assumed: object = MISSING) -> float | None:
@@ -166,12 +169,8 @@ def _is_list(value: object) -> bool:
     return isinstance(value, list | tuple)
 
 
-def _is_size(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
 def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
 
 
 def _equal(value: object, want: object) -> bool:

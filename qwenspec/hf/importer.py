@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any, get_args
 
 from qwenspec import source
@@ -11,6 +12,7 @@ from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
 from qwenspec.hf.writer import write_spec
+from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.check import check
 from qwenspec.spec.checkpoint import Layout, builtin_layouts
@@ -64,9 +66,9 @@ def import_config(
     tree: Tree = {
         "schema_version": 1,
         "family": FAMILIES[model_type],
-        "description": f"Imported from {source_file}.",
+        "description": f"Imported from {'/'.join(PurePath(source_file).parts[-2:])}.",
         "default_variant": name,
-        "architecture": architecture,
+        "architecture": {key: architecture[key] for key in Architecture.model_fields if key in architecture},
         "quantization": quantized,
         "variants": {name: {}},
     }

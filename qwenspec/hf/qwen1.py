@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qwenspec.hf.config import Config
+from qwenspec.hf.config import MAX_LAYERS, Config
 from qwenspec.spec.architecture import Architecture
 
 Tree = dict[str, Any]
@@ -26,7 +26,7 @@ def read(config: Config) -> Tree:
     return {
         "vocab_size": config.size("padded_vocab_size" if "padded_vocab_size" in config else "vocab_size"),
         "hidden_size": hidden_size,
-        "num_hidden_layers": config.size(_either(config, "num_hidden_layers", "n_layer")),
+        "num_hidden_layers": config.size(_either(config, "num_hidden_layers", "n_layer"), 32, MAX_LAYERS),
         "num_attention_heads": heads,
         "num_key_value_heads": None,
         "intermediate_size": _half_of_width(config),

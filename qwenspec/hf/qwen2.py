@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 from qwenspec.diagnostics import listed
 from qwenspec.hf import rope
-from qwenspec.hf.config import Config
+from qwenspec.hf.config import MAX_LAYERS, Config
 from qwenspec.hf.qwen1 import head_dim_of
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
@@ -20,7 +20,7 @@ QWEN3_HEAD_DIM = 128  # Qwen3Config's default, whatever hidden_size / num_attent
 def read(config: Config, qwen3: bool) -> Tree:
     """The spec's `architecture`."""
     length = config.size("max_position_embeddings", 32768)
-    layers = config.size("num_hidden_layers", 32)
+    layers = config.size("num_hidden_layers", 32, MAX_LAYERS)
     heads = config.size("num_attention_heads", 32)
     bias = config.flag("attention_bias", default=False) if qwen3 else True
     config.fixed("pretraining_tp", 1, why="others split matrix products, which changes the rounding")
@@ -126,7 +126,7 @@ def _sliding_window(config: Config, num_layers: int | None) -> Tree | None:
         first = config.size("max_window_layers", 28) if first != 0 else 0
         if first is None or num_layers is None:
             return None
-        kinds = ["full_attention"] * first + ["sliding_attention"] * (num_layers - first)
+        kinds = [rope.LAYER_TYPES[i >= first] for i in range(num_layers)]
     slides = [i for i, kind in enumerate(kinds) if kind == "sliding_attention"]
     if not slides or (given is None and "sliding_window" in config):
         config.note("`use_sliding_window` is true, but no layer slides.")

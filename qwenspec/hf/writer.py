@@ -82,7 +82,7 @@ def _about(key: str, value: Any) -> str | None:
 
 def _comment(note: str) -> list[str]:
     printable = "".join(char if char.isprintable() else "?" for char in note)
-    return textwrap.wrap(printable, WIDTH, initial_indent="# ", subsequent_indent="# ")
+    return textwrap.wrap(printable, WIDTH, initial_indent="# - ", subsequent_indent="#   ")
 
 
 def _flow(value: Any) -> str:

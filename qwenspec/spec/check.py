@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
@@ -14,6 +15,8 @@ from qwenspec.spec.document import Spec
 from qwenspec.spec.explain import Finding, explain
 from qwenspec.spec.files import layout_node
 from qwenspec.spec.rules import RULES
+
+MAX_MISTAKES = 100  # told of one rule
 
 # What stands in for a value in error while the rules that do not read it are applied.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -47,7 +50,7 @@ def check(merged: Mapping, variant: str, family: str, description: str, file: st
     broken += [finding.path for finding in findings]
     for rule in RULES:
         if not any(_overlap(path, read) for path in broken for read in rule.reads):
-            for mistake in rule.check(spec):
+            for mistake in islice(rule.check(spec), MAX_MISTAKES):
                 diagnostic = Diagnostic(rule.code, mistake.message, place(root, mistake.path), mistake.hint)
                 findings.append(Finding(mistake.path, diagnostic))
     return (None if findings else spec), findings

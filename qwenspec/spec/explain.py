@@ -106,9 +106,9 @@ def _descend(at: _At, step: int | str) -> _At | None:
         return _At(path, node.get(str(step)), known[1] if known else (), choice.model)
     if choice and choice.origin is dict and isinstance(node, Mapping):
         return _At(path, node.get(str(step)), shape(typing.get_args(choice.type)[1]), None)
-    if choice and choice.origin is tuple and isinstance(node, Sequence) and isinstance(step, int):
-        if step < len(node.items):
-            return _At(path, node.items[step], shape(typing.get_args(choice.type)[0]), None)
+    items = node.items if isinstance(node, Sequence) else ()
+    if choice and choice.origin is tuple and isinstance(step, int) and step < len(items):
+        return _At(path, items[step], shape(typing.get_args(choice.type)[0]), None)
     return None
 
 
@@ -131,10 +131,12 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
         return Diagnostic("missing-key", f"missing key `{key}`", place(root, at.path), hint)
     if kind == "union_tag_invalid" and isinstance(at.node, Mapping):
         return _not_allowed(at, root)
-    code = {"literal_error": "not-allowed"}.get(kind, "wrong-type" if kind.endswith("_type") else "out-of-range")
     node = at.node
-    if isinstance(node, Scalar) and isinstance(node.value, str) and literals(at.choices):
+    a_word = isinstance(node, Scalar) and isinstance(node.value, str)
+    if kind == "literal_error" or (a_word and literals(at.choices)):
         code = "not-allowed"
+    else:
+        code = "wrong-type" if kind.endswith("_type") else "out-of-range"
     message = f"{_subject(at.path)} must be {sentence(at.choices)}; found {found(node)}"
     return Diagnostic(code, message, place(root, at.path), _hint(at, node))
 
@@ -145,9 +147,8 @@ def _not_allowed(at: _At, root: Node) -> Diagnostic:
     assert isinstance(at.node, Mapping)
     node = at.node.get(tag)
     message = f"`{tag}` must be {listed(tagged(at.choices))}; found {found(node)}"
-    close = (
-        nearest(node.value, tagged(at.choices)) if isinstance(node, Scalar) and isinstance(node.value, str) else None
-    )
+    word = node.value if isinstance(node, Scalar) and isinstance(node.value, str) else ""
+    close = nearest(word, tagged(at.choices))
     hint = f"did you mean `{close}`?" if close else ""
     return Diagnostic("not-allowed", message, place(root, (*at.path, tag)), hint)
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -179,11 +180,11 @@ def layout_node(architecture: Node | None) -> Node | None:
     if node is None:
         default = Architecture.model_fields["checkpoint"].default
         assert isinstance(default, Checkpoint)
-        return source.parse_file(builtin_layouts()[str(default.layout)]).root
+        return _builtin_layout(str(default.layout))
     if not isinstance(node, Scalar) or not isinstance(node.value, str):
         return None
     if node.value in builtin_layouts():
-        return source.parse_file(builtin_layouts()[node.value]).root
+        return _builtin_layout(node.value)
     if "/" not in node.value and not node.value.endswith((".yaml", ".yml")):
         hint = f"{_choices(node.value, builtin_layouts())}, a YAML file such as `./names.yaml`, or the names themselves"
         _fail("unknown-layout", f"there is no layout `{node.value}`", node.location, hint)
@@ -193,6 +194,11 @@ def layout_node(architecture: Node | None) -> Node | None:
     if document.diagnostics:
         raise SpecError(document.diagnostics)
     return document.root
+
+
+@cache
+def _builtin_layout(name: str) -> Mapping:
+    return source.parse_file(builtin_layouts()[name]).root
 
 
 def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from qwenspec.diagnostics import listed
+from qwenspec.diagnostics import listed, nearest
 from qwenspec.source import Path_
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
@@ -62,6 +62,10 @@ def _head_dim(arch: Architecture) -> int:
     return arch.attention.head_dim or arch.hidden_size // arch.num_attention_heads
 
 
+def _head_dim_is_whole(arch: Architecture) -> bool:
+    return arch.attention.head_dim is not None or arch.hidden_size % arch.num_attention_heads == 0
+
+
 def _rotary_dim(arch: Architecture) -> int:
     return int(_head_dim(arch) * arch.rope.partial_rotary_factor)
 
@@ -72,7 +76,7 @@ def _rotary_dim(arch: Architecture) -> int:
 @rule("heads-do-not-divide", *_HEADS)
 def heads_divide_hidden_size(spec: Spec) -> Iterator[Mistake]:
     arch = spec.architecture
-    if arch.attention.head_dim is None and arch.hidden_size % arch.num_attention_heads:
+    if not _head_dim_is_whole(arch):
         message = f"{arch.num_attention_heads} heads do not divide hidden_size, {arch.hidden_size}"
         yield Mistake(_arch("num_attention_heads"), message, "set `attention.head_dim` if the heads' width is its own")
 
@@ -118,8 +122,8 @@ def sliding_layers_exist(spec: Spec) -> Iterator[Mistake]:
 @rule("rotary-dim", *_HEADS, "rope")
 def rotary_dim_is_even(spec: Spec) -> Iterator[Mistake]:
     arch = spec.architecture
-    if arch.attention.head_dim is None and arch.hidden_size % arch.num_attention_heads:
-        return  # there is no head_dim to speak of
+    if not _head_dim_is_whole(arch):
+        return
     dim, scaling = _rotary_dim(arch), arch.rope.scaling
     factor = arch.rope.partial_rotary_factor
     written = arch.attention.head_dim is not None
@@ -136,7 +140,7 @@ def rotary_dim_is_even(spec: Spec) -> Iterator[Mistake]:
 @rule("longrope-length", *_HEADS, "rope")
 def longrope_has_a_divisor_a_pair(spec: Spec) -> Iterator[Mistake]:
     arch, scaling = spec.architecture, spec.architecture.rope.scaling
-    if isinstance(scaling, LongRope):
+    if isinstance(scaling, LongRope) and _head_dim_is_whole(arch):
         pairs = _rotary_dim(arch) // 2
         for key, divisors in (("short_factor", scaling.short_factor), ("long_factor", scaling.long_factor)):
             if len(divisors) != pairs:
@@ -276,15 +280,41 @@ def _matrices(spec: Spec) -> Iterator[_Matrix]:
     queries = arch.num_attention_heads * width
     keys = (arch.num_key_value_heads or arch.num_attention_heads) * width
     skipped = set(spec.quantization.skip) if spec.quantization else set()
+    if not _head_dim_is_whole(arch):
+        return
     for matrix in (
         _Matrix("qkv", layout.attention.qkv, (("q", queries), ("k", keys), ("v", keys)), hidden),
         _Matrix("o", (layout.attention.o,), (("o", hidden),), queries),
         _Matrix("gate_up", layout.mlp.gate_up, (("gate", inner), ("up", inner)), hidden),
         _Matrix("down", (layout.mlp.down,), (("down", hidden),), inner),
     ):
-        layers = [layout.layer.replace("{i}", str(i)) for i in range(min(arch.num_hidden_layers, 1000))]
-        if any(f"{layer}.{name}" not in skipped for layer in layers for name in matrix.names):
+        if any(name not in skipped for name in _in_every_layer(spec, matrix.names)):
             yield matrix
+
+
+def _in_every_layer(spec: Spec, names: tuple[str, ...]) -> list[str]:
+    """The full checkpoint names of modules inside layers."""
+    layers = [spec.layout.layer.replace("{i}", str(i)) for i in range(spec.architecture.num_hidden_layers)]
+    return [f"{layer}.{name}" for layer in layers for name in names]
+
+
+@rule("unknown-module", "quantization", "layout", "num_hidden_layers")
+def skipped_modules_exist(spec: Spec) -> Iterator[Mistake]:
+    if spec.quantization is None or not spec.quantization.skip:
+        return
+    layout = spec.layout
+    inside = (*layout.attention.qkv, layout.attention.o, *layout.mlp.gate_up, layout.mlp.down)
+    modules = dict.fromkeys([*_in_every_layer(spec, inside), layout.embedding, layout.lm_head])
+    for position, name in enumerate(spec.quantization.skip):
+        if name not in modules:
+            close = nearest(name, modules)
+            hint = f"did you mean `{close}`? " if close else ""
+            example = layout.layer.replace("{i}", "0")
+            yield Mistake(
+                ("quantization", "skip", position),
+                f"the checkpoint has no linear module `{name}`",
+                f"{hint}A name is written in full, such as `{example}.{layout.mlp.down}`",
+            )
 
 
 @rule("group-does-not-divide", *_SIZES, "layout", "num_hidden_layers")

@@ -108,7 +108,8 @@ def _words(choice: Alternative) -> str:
         args = typing.get_args(choice.type)
         (each,) = shape(args[0])
         count = "" if Ellipsis in args else f"{len(args)} "
-        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{', at least one' if _never_empty(choice) else ''}"
+        least = ", at least one" if _never_empty(choice) else ""
+        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{least}"
     return _ONE[choice.type] + _bounds_in_words(choice) + (", not empty" if _never_empty(choice) else "")
 
 

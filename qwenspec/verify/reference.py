@@ -78,12 +78,13 @@ class TokenSequence:
 
     Dynamic RoPE makes the split into forwards part of the result: a forward rotates its queries and keys for
     the sequence's length after it (at least `prompt_length`), and keys of earlier forwards keep theirs.
-    dynamic_qwen1 keeps to the prompt's length for good."""
+    dynamic_qwen1 keeps, for good, to the length that the first forward chose."""
 
     def __init__(self, model: Reference, prompt_length: int | None) -> None:
         self.model = model
         self.prompt_length = prompt_length or 0
         self.length = 0
+        self._first_rope_length = 0  # of the forward that started the sequence
         self.taps: dict[str, Array] = {}  # of the last forward
         shape = (0, model.kv_heads, model.head_dim)
         layers = range(model.spec.architecture.num_hidden_layers)
@@ -94,6 +95,7 @@ class TokenSequence:
         """A sequence that starts with the first `at` tokens of this one (-1: all of them)."""
         child = TokenSequence(self.model, self.prompt_length)
         child.length = self.length if at < 0 else at
+        child._first_rope_length = self._first_rope_length
         assert child.length <= self.length, f"cannot fork at {at}: {self.length} tokens"
         child._keys = [keys[: child.length] for keys in self._keys]
         child._values = [values[: child.length] for values in self._values]
@@ -113,7 +115,7 @@ class TokenSequence:
         start, self.length = self.length, self.length + len(ids)
         positions = np.arange(start, self.length)
         frequencies = inverse_frequencies(
-            arch.rope, model.rotary_dim, arch.max_position_embeddings, self._rope_length()
+            arch.rope, model.rotary_dim, arch.max_position_embeddings, self._rope_length(start)
         )
 
         embedding = model.tensor(f"{layout.embedding}.weight", arch.vocab_size, arch.hidden_size)
@@ -132,11 +134,12 @@ class TokenSequence:
             embedding = model.tensor(f"{layout.lm_head}.weight", arch.vocab_size, arch.hidden_size)
         return self._tap("logits", x @ embedding.T)
 
-    def _rope_length(self) -> int:
-        if isinstance(self.model.spec.architecture.rope.scaling, DynamicQwen1):
-            self.prompt_length = self.prompt_length or self.length
-            return self.prompt_length
-        return max(self.prompt_length, self.length)
+    def _rope_length(self, start: int) -> int:
+        length = max(self.prompt_length, self.length)
+        if start == 0:
+            self._first_rope_length = length
+        frozen = isinstance(self.model.spec.architecture.rope.scaling, DynamicQwen1)
+        return self._first_rope_length if frozen else length
 
     def _attention(self, i: int, x: Array, positions: npt.NDArray[np.int64], frequencies: Array) -> Array:
         model, arch, layout = self.model, self.model.spec.architecture, self.model.spec.layout

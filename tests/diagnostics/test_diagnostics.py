@@ -83,9 +83,9 @@ def code_texts(node: ast.AST) -> Iterator[str]:
         holders = [node.value]
     for holder in holders:
         for part in ast.walk(holder):
-            if isinstance(part, ast.Constant) and isinstance(part.value, str):
-                if re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", part.value):
-                    yield part.value
+            text = part.value if isinstance(part, ast.Constant) else None
+            if isinstance(text, str) and re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", text):
+                yield text
 
 
 @pytest.mark.parametrize("code", ELSEWHERE)

@@ -142,12 +142,13 @@ def test_decoding_past_a_threshold_of_length(case: str, prompt: int, open_case: 
     assert_close(feed(runner, new_cache(runner, [None]), [ids], steps)[0], np.concatenate(expected))
 
 
+@pytest.mark.parametrize("told", [None, LENGTH])
 @pytest.mark.parametrize("case", ["qwen1-long", "qwen3-dynamic-beyond", "qwen3-longrope-long", "qwen3"])
-def test_fork_and_rollback_around_a_threshold(case: str, open_case: Open) -> None:
+def test_fork_and_rollback_around_a_threshold(case: str, told: int | None, open_case: Open) -> None:
     oracle, runner = open_case(case)
     ids = some_ids(oracle.spec, LENGTH)
-    parent = Reference(oracle.spec, oracle.weights()).sequence()
-    cache = new_cache(runner, [None])
+    parent = Reference(oracle.spec, oracle.weights()).sequence(prompt_length=told)
+    cache = new_cache(runner, [told])
 
     def both(sequence: int, reference, tokens: np.ndarray) -> None:
         cache.begin_forward([sequence], [len(tokens)])

@@ -371,11 +371,15 @@ def test_shells_get_a_completion_script(shell: str) -> None:
     assert "_QWENSPEC_COMPLETE" in script.stdout
 
 
-def test_completion_knows_commands_and_backends() -> None:
+def test_completion_knows_commands_backends_and_variants() -> None:
     completed = {"_QWENSPEC_COMPLETE": "complete_bash", "COMP_WORDS": "qwenspec val", "COMP_CWORD": "1"}
     assert process(**completed).stdout.split() == ["validate"]
     completed |= {"COMP_WORDS": "qwenspec gen --backend tr", "COMP_CWORD": "3"}
     assert process(**completed).stdout.split() == ["triton"]
+    completed |= {"COMP_WORDS": f"qwenspec show {QWEN3}#qwen3-0", "COMP_CWORD": "2"}
+    assert process(**completed).stdout.split() == [f"{QWEN3}#qwen3-0.6b", f"{QWEN3}#qwen3-0.6b-base"]
+    completed |= {"COMP_WORDS": "qwenspec show missing.yaml#q"}
+    assert process(**completed).stdout.split() == []
 
 
 # ---------------------------------------------------------------------------------------------------------- speed

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenspec import source
 from qwenspec.diagnostics import SpecError
@@ -500,6 +502,39 @@ def test_every_key_is_read_or_known_to_be_harmless(base):
         assert after != before or key in same, key
 
 
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NESTED = {
+    "rope_scaling": ["type", "rope_type", "factor", "original_max_position_embeddings", "mscale", "truncate"],
+    "rope_parameters": ["rope_type", "rope_theta", "factor", "full_attention", "sliding_attention", "beta_fast"],
+    "quantization_config": ["quant_method", "bits", "group_size", "weight_block_size", "modules_to_not_convert"],
+}
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_value_is_anything_but_a_spec_or_a_diagnostic(data):
+    """Any JSON value at any key, also in the objects inside, and never another exception."""
+    base = dict(data.draw(st.sampled_from([QWEN3_8B_YARN, QWEN3_8B_FP8, QWEN25_7B_GPTQ, QWEN25_7B_AWQ, QWEN1_7B])))
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(
+            st.sampled_from([*base, *NESTED, "layer_types", "head_dim", "original_max_position_embeddings"])
+        )
+        value = data.draw(JSON | st.integers(-1, 3) | st.sampled_from([10**9, 10**400]))
+        if key in NESTED and data.draw(st.booleans()):
+            inside = base.get(key) if isinstance(base.get(key), dict) else {}
+            value = inside | {data.draw(st.sampled_from(NESTED[key])): value}
+        base[key] = value
+    try:
+        result = import_config(base, name="model")
+    except SpecError:
+        return
+    assert result.spec.variant == "model"
+
+
 @pytest.mark.parametrize("key", ["hidden_size", "num_key_value_heads", "rms_norm_eps", "hidden_act", "model_type"])
 def test_a_missing_key_is_an_error(key):
     assert key in mistakes(without(QWEN3, key))["missing-key"].message
@@ -518,6 +553,7 @@ def test_a_missing_key_is_an_error(key):
         ({"torch_dtype": "float64"}, "wrong-value", "torch_dtype"),
         ({"dtype": "float16"}, "conflict", "float16"),
         ({"pretraining_tp": 2}, "unsupported-value", "pretraining_tp"),
+        ({"pretraining_tp": True}, "unsupported-value", "pretraining_tp"),
         ({"rms_norm_eps": 0}, "wrong-value", "rms_norm_eps"),
         ({"tie_word_embeddings": 1}, "wrong-value", "tie_word_embeddings"),
         ({"is_causal": False}, "unread-key", "is_causal"),

@@ -280,6 +280,22 @@ def test_dynamic_qwen1_keeps_the_step_of_its_prompt():
         close(sequence.fork(at=2).forward(IDS[2:]), static.logits(IDS)[2:])
 
 
+def test_dynamic_qwen1_chooses_anew_once_a_sequence_is_empty():
+    model = reference(rope={"kind": "dynamic_qwen1", "train_length": 8})
+    sequence = model.sequence()
+    sequence.forward(IDS[:6])
+    sequence.popn(6)
+    close(sequence.forward(IDS[:9]), reference(rope={"kind": "ntk", "factor": 3.0}).logits(IDS[:9]))
+
+
+@pytest.mark.parametrize("rope", [{"kind": "dynamic", "factor": 2.0}, {"kind": "dynamic_qwen1", "train_length": 8}])
+def test_a_fork_keeps_the_prompt_that_was_told(rope):
+    model = reference(rope=rope)
+    parent = model.sequence(prompt_length=24)
+    parent.forward(IDS[:5])
+    close(parent.fork().forward(IDS[5:20]), model.sequence(prompt_length=24).forward(IDS[:20])[5:])
+
+
 def test_longrope_chooses_at_each_forward():
     short, long = [1.0, 1.0, 2.0, 2.0], [3.0, 3.0, 5.0, 5.0]
     rope = {

@@ -38,7 +38,8 @@ def test_shipped_specs_follow_the_schema(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["unknown-key", "missing-key", "wrong-type", "wrong-type-document", "not-allowed", "out-of-range", "variant-name"]
+    "name",
+    ["unknown-key", "missing-key", "wrong-type", "wrong-type-document", "not-allowed", "out-of-range", "variant-name"],
 )
 def test_the_schema_refuses_what_the_loader_refuses(name: str) -> None:
     assert not VALIDATOR.is_valid(tree(ROOT / "tests" / "diagnostics" / f"{name}.yaml"))

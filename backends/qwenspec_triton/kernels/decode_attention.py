@@ -41,14 +41,14 @@ def decode_attention(
     page_size, kv_heads = k_pages.shape[1:3]
     max_len = block_tables.shape[1] * page_size
     if SLIDING:
-        window = max_len if window is None else min(window, max_len)
+        seen = max_len if window is None else min(window, max_len)
     if not use_triton(q):
-        return _decode_attention_torch(q, k_pages, v_pages, block_tables, kv_lens, scale, window)
+        return _decode_attention_torch(q, k_pages, v_pages, block_tables, kv_lens, scale, seen)
     for tensor in (q, k_pages, v_pages, block_tables):
         assert tensor.is_contiguous()
     block_dim = triton.next_power_of_2(head_dim)
     block_n = 64 if block_dim * q.element_size() <= 256 else 32
-    blocks = triton.cdiv(window if SLIDING else max_len, block_n)
+    blocks = triton.cdiv(seen if SLIDING else max_len, block_n)
     splits = _num_splits(b * kv_heads, blocks, num_processors(q.device))
     out = q.new_empty(b, heads * head_dim)
     parts = q.new_empty(b * heads, splits, head_dim, dtype=torch.float32)
@@ -63,7 +63,7 @@ def decode_attention(
         lse,
         scale,
         block_tables.shape[1],
-        window,
+        seen,
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,

@@ -2,13 +2,12 @@
 
 from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
+__all__ = ["architecture", "num_processors", "tl", "triton", "use_triton"]
+
 try:
     import triton
     import triton.language as tl

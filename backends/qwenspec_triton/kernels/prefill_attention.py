@@ -39,9 +39,9 @@ def prefill_attention(
     page_size, kv_heads = k_pages.shape[1:3]
     b, max_blocks = block_tables.shape
     if SLIDING:
-        window = max_blocks * page_size if window is None else window
+        seen = max_blocks * page_size if window is None else window
     if not use_triton(q):
-        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale, window)
+        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale, seen)
     for tensor in (q, k_pages, v_pages, block_tables):
         assert tensor.is_contiguous()
     block_dim = triton.next_power_of_2(head_dim)
@@ -57,7 +57,7 @@ def prefill_attention(
         out,
         scale,
         max_blocks,
-        window,
+        seen,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,

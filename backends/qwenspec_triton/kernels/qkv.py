@@ -52,8 +52,11 @@ def rotate_and_cache(
         if LOGN:
             qk[:, :heads] *= query_scale.view(-1, 1, 1)
         q, k = qk.to(qkv.dtype).split([heads, kv_heads], dim=1)
-        _write_torch(k_pages, slots, k)
-        _write_torch(v_pages, slots, v)
+        if slots.min() < 0:
+            cached = slots >= 0
+            slots, k, v = slots[cached], k[cached], v[cached]
+        k_pages.flatten(0, 1).index_copy_(0, slots, k)
+        v_pages.flatten(0, 1).index_copy_(0, slots, v)
         return q.contiguous()
     assert qkv.is_contiguous()
     assert cos.is_contiguous()
@@ -104,13 +107,6 @@ def _rotate_torch(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     if PARTIAL_ROTARY:
         parts.append(x[..., 2 * half :])
     return torch.cat(parts, dim=-1)
-
-
-def _write_torch(pages: Tensor, slots: Tensor, x: Tensor) -> None:
-    """x [n, num_kv_heads, head_dim] to its slots, but for slots of -1."""
-    if slots.min() < 0:
-        slots, x = slots[slots >= 0], x[slots >= 0]
-    pages.flatten(0, 1).index_copy_(0, slots, x)
 
 
 @triton.jit

@@ -317,6 +317,26 @@ def check_prefill(
         assert_close(f"prefill of {new} after {prefix}", out[rows].view(new, heads, head_dim), want, dtype)
 
 
+def check_last_page(device: torch.device) -> None:
+    """Five tokens in a cache's last page, whose offset does not fit 32 bits (on a GPU, where it takes 8.6 GB)."""
+    heads, head_dim, page_size, n, dtype = 8, 128, 16, 5, torch.bfloat16
+    pages = 2 + (2**31 // (page_size * heads * head_dim) if device.type == "cuda" else 0)
+    k_pages, v_pages = (torch.empty(pages, page_size, heads, head_dim, dtype=dtype, device=device) for _ in "kv")
+    qkv = _normal(14, n, 3 * heads * head_dim, dtype=dtype, outlier=1.0).to(device)
+    cos = torch.ones(n, head_dim // 2, device=device)
+    slots = torch.arange(n, device=device) + (pages - 1) * page_size
+    flags = dict.fromkeys(("QK_NORM", "ONE_PLUS", "LOGN", "PARTIAL_ROTARY"), False)
+    q = load("qkv", **flags).rotate_and_cache(qkv, cos, 0 * cos, k_pages, v_pages, slots)
+    x_q, x_k, x_v = qkv.cpu().view(n, 3, heads, head_dim).unbind(1)
+    want, magnitude = oracle.attention(x_q, x_k, x_v, 0.1, None)
+    table, starts = torch.tensor([[pages - 1]], device=device), torch.tensor([0, n], device=device)
+    pages_and_table = k_pages, v_pages, table
+    out = load("prefill_attention", SLIDING=False).prefill_attention(q, *pages_and_table, starts, starts[1:], n, 0.1)
+    assert_close("prefill, last page", out.view(n, heads, head_dim), (want, magnitude), dtype)
+    out = load("decode_attention", SLIDING=False).decode_attention(q[-1:], *pages_and_table, starts[1:], 0.1)
+    assert_close("decode, last page", out.view(1, heads, head_dim), (want[-1:], magnitude[-1:]), dtype)
+
+
 def check_all(device: torch.device) -> None:
     """A fixed set of cases that covers every branch of every kernel, in every dtype."""
     for dtype in TOLERANCE:
@@ -344,6 +364,7 @@ def check_all(device: torch.device) -> None:
         check_rotate(device, torch.float32, 2, heads, kv_heads, head_dim, head_dim, torch.float32, True, False, False)
         check_decode(device, torch.float32, heads, kv_heads, head_dim, 16, lengths=(16, 33), processors=3)
         check_prefill(device, torch.float32, heads, kv_heads, head_dim, 16, sequences=((16, 16), (0, 3)))
+    check_last_page(device)
     # One split writes the output itself; many splits stay empty.
     check_decode(device, torch.float32, 4, 2, 16, 4, lengths=(5, 130), processors=1)
     check_decode(device, torch.float32, 4, 2, 16, 4, lengths=(200, 0, 1), processors=600)

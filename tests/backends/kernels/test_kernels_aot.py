@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,24 @@ pytestmark = pytest.mark.aot
 
 CACHE = Path(__file__).parents[3] / ".cache" / "triton"
 HEADS, KV_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 32, 8, 128, 1024, 16
+
+# Tiles of 16 query heads are too small for the instructions of a warp group.
+TENSOR_CORE_DECODE = dict.fromkeys(("sm_80", "sm_90", "sm_100"), "mma.sync") | {"gfx942": "v_mfma"}
+TENSOR_CORE_PREFILL = TENSOR_CORE_DECODE | {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
+
+
+def assembly(compiled: Any) -> str:
+    text: str = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    return text
+
+
+def page_addresses(ttir: str) -> list[str]:
+    """The first additions to the cache's base addresses."""
+    bases = re.findall(r"(%\S+) = tt\.splat %[kv]_pages_ptr", ttir)
+    found = [line for line in ttir.splitlines() if any(f"tt.addptr {base}," in line for base in bases)]
+    assert len(found) >= len(bases)
+    assert bool(bases) == ("_pages_ptr" in ttir)
+    return found
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -97,7 +117,14 @@ def _compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_kernels_fit_the_chip(target: str) -> None:
     for name, launch in launches(target):
-        used = resources(launch.compile(target), target)
+        compiled = launch.compile(target)
+        used = resources(compiled, target)
         assert used.spilled == 0, f"{name}: {used}"
         assert used.registers <= MAX_REGISTERS[target], f"{name}: {used}"
         assert used.shared <= SHARED_MEMORY[target], f"{name}: {used}"
+        if "float32" not in name and "decode_split" in name:
+            assert TENSOR_CORE_DECODE[target] in assembly(compiled), name
+        if "float32" not in name and "prefill_kernel" in name:
+            assert TENSOR_CORE_PREFILL[target] in assembly(compiled), name
+        for line in page_addresses(compiled.asm["ttir"]):
+            assert "xi64>" in line, f"{name}: a page's address overflows 32 bits: {line}"

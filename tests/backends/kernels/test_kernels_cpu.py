@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_checks import check_all, runs_kernels
@@ -10,6 +14,24 @@ from kernel_checks import check_all, runs_kernels
 def test_cpu() -> None:
     assert not runs_kernels(torch.device("cpu"))
     check_all(torch.device("cpu"))
+
+
+def test_without_triton() -> None:
+    """Platforms that have no Triton import every variant, and compute."""
+    program = """
+import sys
+sys.modules["triton"] = None
+import torch
+from kernel_variants import FLAGS, combinations, load
+modules = [load(file, **flags) for file in FLAGS for flags in combinations(file)]
+assert not load("dispatch").use_triton(torch.zeros(1))
+assert load("activation", ACTIVATION="relu").act_and_mul(torch.tensor([[2.0, 3.0]])).tolist() == [[6.0]]
+print(len(modules))
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "28\n"
 
 
 @pytest.mark.gpu
