@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -64,13 +64,16 @@ def _variants(incomplete: str) -> list[str]:
     return [f"{file}#{name}" for name in names if name.startswith(start)]
 
 
-SPEC = typer.Argument(metavar="SPEC", help="file.yaml or file.yaml#variant", autocompletion=_variants)
-Spec = Annotated[str, SPEC]
+def _spec(name: str = "SPEC") -> Any:
+    return typer.Argument(metavar=name, help="file.yaml or file.yaml#variant", autocompletion=_variants)
+
+
+Spec = Annotated[str, _spec()]
 Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: the file's default_variant.")]
 Backend = Annotated[str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)]
 Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")]
 Context = Annotated[
-    int | None, typer.Option("--context", metavar="L", min=1, help="Tokens that a token sees. Default: 4096.")
+    int | None, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence. Default: 4096.")
 ]
 Dtype = Annotated[Precision | None, typer.Option(help="Default: the spec's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
@@ -91,7 +94,7 @@ def options(
 @app.command()
 @guarded
 def gen(
-    spec: Annotated[str | None, SPEC] = None,
+    spec: Annotated[str | None, _spec()] = None,
     backend: Backend = "triton",
     variant: Variant = None,
     quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
@@ -104,8 +107,8 @@ def gen(
     from qwenspec.commands import packages
     from qwenspec.commands.specs import pick
 
-    if (spec is None) != all_:
-        problem = "`gen` needs a SPEC, or --all" if spec is None else "`gen --all` takes no SPEC"
+    if all_ != (spec is None) or (all_ and (variant or quantization)):
+        problem = "`gen --all` takes no SPEC and no variant" if all_ else "`gen` needs a SPEC, or --all"
         raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
     jobs = packages.committed(out) if spec is None else [packages.Job(pick(spec, variant, quantization), backend, out)]
     strays = packages.stray(out, jobs) if all_ else []
@@ -194,11 +197,7 @@ def show(
 
 @app.command()
 @guarded
-def diff(
-    a: Spec,
-    b: Spec,
-    as_json: Json = False,
-) -> None:
+def diff(a: Annotated[str, _spec("A")], b: Annotated[str, _spec("B")], as_json: Json = False) -> None:
     """What changes from one model to another."""
     from qwenspec.commands import describe
     from qwenspec.commands.specs import pick
@@ -215,7 +214,7 @@ def diff(
 def plan(
     spec: Spec,
     tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")] = 1,
-    context: Annotated[int, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence.")] = 4096,
+    context: Context = None,
     batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
     variant: Variant = None,
     as_json: Json = False,

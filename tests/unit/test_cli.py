@@ -108,7 +108,7 @@ def test_gen_names_the_nearest_backend_and_tells_a_missing_one(spec: Path) -> No
     assert "error[backend-missing]: the backend `cobol` is not installed" in missing.stderr
 
 
-@pytest.mark.parametrize("arguments", [[], [QWEN3, "--all"]])
+@pytest.mark.parametrize("arguments", [[], [QWEN3, "--all"], ["--all", "--variant", "qwen3-8b"]])
 def test_gen_takes_a_spec_or_all(arguments: list[str]) -> None:
     result = call("gen", *arguments)
     assert result.exit_code == 2
@@ -280,6 +280,11 @@ def test_plan_says_why_a_degree_is_illegal() -> None:
     assert "32 query heads cannot be shared evenly by 3 ranks" in result.stderr
     assert "degrees that work: 1, 2, 4, 8, 16, 32" in result.stderr
     assert "error[context-too-long]" in call("plan", QWEN3, "--context", "50000").stderr
+
+
+def test_the_usual_context_is_no_longer_than_the_model(spec: Path) -> None:
+    assert data(call("plan", spec, "--json"))["context"] == 128
+    assert data(call("show", spec, "--json"))["flops_per_token"]["context"] == 128
 
 
 def test_backends_tells_what_is_installed() -> None:
