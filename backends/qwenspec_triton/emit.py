@@ -158,12 +158,9 @@ def manifest(model: Model) -> dict[str, Any]:
 
 def _entry(param: Param, checkpoint_layer: str) -> dict[str, Any]:
     """Layer 0's parameter stands for all: `{i}` takes the place of its index in every name."""
-    sources = [[source.tensor, source.rows] for source in param.sources]
+    sources = [(source.tensor, source.rows) for source in param.sources]
     if param.name.startswith("layers.0."):
         first = checkpoint_layer.replace("{i}", "0")
-        sources = [[checkpoint_layer + tensor.removeprefix(first), rows] for tensor, rows in sources]
-    return {
-        "name": param.name.replace("layers.0.", "layers.{i}."),
-        "shape": list(param.shape),
-        "sources": sources,
-    }
+        sources = [(checkpoint_layer + tensor.removeprefix(first), rows) for tensor, rows in sources]
+    name = param.name.replace("layers.0.", "layers.{i}.")
+    return {"name": name, "shape": list(param.shape), "sources": sources}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -64,7 +65,9 @@ class TritonRunner:
         return cache
 
     def taps(self, ids: Ints) -> Mapping[str, Floats]:
-        """Outputs of the package's modules; those that a kernel fuses away (the QK-norms) have none."""
+        """Outputs of the package's modules, of a layer the residual stream after it.
+
+        Modules that a kernel fuses away (the QK-norms) have none."""
         found: dict[str, Floats] = {}
         hooks = [m.register_forward_hook(_tap(found, name)) for name, m in self.model.named_modules() if name]
         try:
@@ -107,7 +110,11 @@ def _numpy(tensor: Tensor) -> Floats:
 
 
 def _tap(found: dict[str, Floats], name: str) -> Callable[[Any, Sequence[Any], Any], None]:
+    is_layer = re.fullmatch(r"layers\.\d+", name) is not None
+
     def keep(_module: Any, _inputs: Sequence[Any], output: Any) -> None:
+        if is_layer:  # what the MLP adds, and the stream that it is added to
+            output = output[0].float() + output[1].float()
         found[name] = _numpy(output[0] if isinstance(output, tuple) else output)
 
     return keep

@@ -41,8 +41,9 @@ class DecodeGraph:
     def replay(self, embeds: Tensor, batch: Batch) -> Tensor:
         """embeds [b, hidden] with b <= size -> logits [b, vocab]."""
         b, n = batch.block_tables.shape
-        self.batch.slots.fill_(-1)
-        self.batch.kv_lens.zero_()
+        if b < len(self.embeds):  # the rest is padding
+            self.batch.slots.fill_(-1)
+            self.batch.kv_lens.zero_()
         for name in tensor_fields(batch):
             source, target = getattr(batch, name), getattr(self.batch, name)
             if name == "block_tables":

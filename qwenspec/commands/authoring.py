@@ -28,10 +28,12 @@ def validate(files: Sequence[str], as_json: bool) -> ExitCode:
     else:
         for file, (variants, diagnostics) in zip(files, reports, strict=True):
             if not diagnostics:
-                console.show(f"{file}: {_counted(len(variants), 'variant')}")
+                console.show(f"{file}: {console.counted(len(variants), 'variant')}")
         console.show_diagnostics(found)
     if found:
-        console.note(f"{_counted(len(found), 'error')} in {_counted(sum(bool(d) for _, d in reports), 'file')}")
+        console.note(
+            f"{console.counted(len(found), 'error')} in {console.counted(sum(bool(d) for _, d in reports), 'file')}"
+        )
     return ExitCode.USAGE if found else ExitCode.OK
 
 
@@ -40,10 +42,6 @@ def _validated(file: str) -> tuple[list[str], tuple[Diagnostic, ...]]:
         return [spec.variant for spec in load_all(file)], ()
     except SpecError as error:
         return [], error.diagnostics
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def schema(out: Path | None, check: bool) -> ExitCode:

@@ -42,6 +42,11 @@ def result(data: T, text: Callable[[T], str], as_json: bool) -> None:
     show_json(data) if as_json else show(text(data))
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 file`, `2 files`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def note(text: str) -> None:
     """A remark."""
     print(text, file=sys.stderr)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from qwenspec.commands.console import counted
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir import cost, shard
 from qwenspec.ir.lower import lower
@@ -103,7 +104,7 @@ def show_text(data: Data) -> str:
 
 def _heads(attention: Data) -> str:
     queries, keys, width = (attention[key] for key in ("num_heads", "num_kv_heads", "head_dim"))
-    return f"{queries} query heads on {keys} key/value heads of {width}"
+    return f"{counted(queries, 'query head')} on {counted(keys, 'key/value head')} of {width}"
 
 
 def _window(entry: Data, layers: int) -> str:
@@ -215,9 +216,9 @@ def plan_text(data: Data) -> str:
     rank, size = data["per_rank"], data["bytes"]
     owners = rank["kv_head_indices"]
     repeated = len({head for heads in owners for head in heads}) < sum(map(len, owners))
-    heads = f"{rank['num_heads']} query heads on {rank['num_kv_heads']} key/value heads"
+    queries, keys = counted(rank["num_heads"], "query head"), counted(rank["num_kv_heads"], "key/value head")
     facts = {
-        "attention": heads + (", each held by several ranks" if repeated else ""),
+        "attention": f"{queries} on {keys}" + (", each held by several ranks" if repeated else ""),
         "mlp width": f"{rank['intermediate_size']:,}",
         "vocabulary": f"{rank['vocab_size']:,} rows",
     }
@@ -232,7 +233,7 @@ def plan_text(data: Data) -> str:
     noted = "" if data["quantization"] is None else "  (weights in full precision)"
     return "\n".join(
         [
-            f"{data['variant']} on {data['degree']} ranks, {data['batch']} × {data['context']:,} tokens",
+            f"{data['variant']} on {counted(data['degree'], 'rank')}, {data['batch']} × {data['context']:,} tokens",
             *table(facts.items()),
             "",
             f"memory of a rank{noted}",

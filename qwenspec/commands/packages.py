@@ -100,7 +100,7 @@ def compare(jobs: list[Job], strays: list[Path], as_json: bool) -> ExitCode:
         console.note(f"{package} is out of date")
     warn(strays)
     if not stale and not strays:
-        console.note(f"{len(diffs)} package{'s' * (len(diffs) != 1)} up to date")
+        console.note(f"{console.counted(len(diffs), 'package')} up to date")
     return ExitCode.CHECK_FAILED if stale or strays else ExitCode.OK
 
 

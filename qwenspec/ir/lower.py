@@ -84,9 +84,7 @@ class _Builder:
 
     def norm(self, name: str, size: int) -> nodes.RMSNorm:
         norm = self.arch.norm
-        return nodes.RMSNorm(
-            name, size, norm.eps, norm.weight, self.param(f"{name}.weight", (size,), Shard.REPLICATE)
-        )
+        return nodes.RMSNorm(name, size, norm.eps, norm.weight, self.param(f"{name}.weight", (size,), Shard.REPLICATE))
 
     def layer(self, index: int, window: int | None) -> nodes.Layer:
         name, hidden = f"layers.{index}", self.arch.hidden_size
@@ -196,9 +194,7 @@ def _rope(arch: Architecture) -> nodes.Rope:
     )
 
 
-def _rope_scaling(
-    scaling: spec_rope.RopeScaling | None, max_position: int
-) -> tuple[nodes.RopeScaling, float]:
+def _rope_scaling(scaling: spec_rope.RopeScaling | None, max_position: int) -> tuple[nodes.RopeScaling, float]:
     """The scaling and the factor on cos and sin."""
     match scaling:
         case None:

@@ -143,9 +143,7 @@ class Llama3Rope:
     original_max_position: int
 
 
-RopeScaling = (
-    DefaultRope | LinearRope | NtkRope | DynamicRope | DynamicQwen1Rope | YarnRope | LongRope | Llama3Rope
-)
+RopeScaling = DefaultRope | LinearRope | NtkRope | DynamicRope | DynamicQwen1Rope | YarnRope | LongRope | Llama3Rope
 
 
 @dataclass(frozen=True, slots=True)

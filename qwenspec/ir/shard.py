@@ -90,9 +90,7 @@ def _reasons(model: Model, degree: int) -> list[str]:
                 f"evenly by {degree} ranks"
             )
         if width % degree:
-            reasons.append(
-                f"layers.*.mlp.gate_up_proj and down_proj: width {width} does not divide by {degree} ranks"
-            )
+            reasons.append(f"layers.*.mlp.gate_up_proj and down_proj: width {width} does not divide by {degree} ranks")
     return list(dict.fromkeys(reasons))  # what holds for every layer is said once
 
 

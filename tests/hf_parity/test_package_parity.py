@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from hf_parity.cases import CASES, LENGTH
+import qwenspec
+from hf_parity.cases import CASES, LENGTH, SCALINGS, Change
 from hf_parity.conftest import Open
-from hf_parity.oracle import Oracle, some_ids
+from hf_parity.oracle import QWEN2, QWEN3, Oracle, some_ids, tiny_spec
 from qwenspec.backend.api import Cache, Runner
 from qwenspec.verify.reference import Reference
 
@@ -185,12 +187,28 @@ def test_half_precision(case: str, dtype: str, open_case: Open) -> None:
 
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "all-biases", "qwen1-long"])
 def test_every_module_agrees_with_the_reference(case: str, open_case: Open) -> None:
-    """Addresses are the same on both sides; layers are left out, for a package keeps their residual apart."""
+    """Addresses are the same on both sides."""
     oracle, runner = open_case(case)
     ids = some_ids(oracle.spec, LENGTH)
     expected, actual = Reference(oracle.spec, oracle.weights()).taps(ids), runner.taps(ids)
     modules = ["input_norm", "attention.qkv_proj", "attention.o_proj", "attention", "post_attention_norm"]
     modules += ["mlp.gate_up_proj", "mlp.down_proj", "mlp"]
-    addresses = ["embed_tokens", *(f"layers.1.{module}" for module in modules), "norm", "logits"]
+    addresses = [f"layers.1.{module}" for module in modules]
+    addresses += ["embed_tokens", "layers.0", "layers.1", "norm", "logits"]
     for address in addresses:
         assert_close(actual[address], expected[address].reshape(LENGTH, -1))
+
+
+@pytest.mark.parametrize("partial", [0.25, 0.5])
+@pytest.mark.parametrize("change", [QWEN2, QWEN3, SCALINGS["yarn"]], ids=["qwen2", "qwen3", "yarn"])
+def test_partial_rotary(change: Change, partial: float, tmp_path: Path) -> None:
+    """Hugging Face's classes have no partial rotary: weights from their full one, logits from the reference."""
+    oracle = Oracle(tiny_spec(change))
+    spec = tiny_spec(change, {"rope": {"partial_rotary_factor": partial}})
+    package = qwenspec.emit(spec, backend="triton", out=tmp_path)
+    runner = qwenspec.open_runner(package, weights=oracle.save(tmp_path / "weights"), dtype="float32")
+    ids = [some_ids(spec, n) for n in LENGTHS]
+    reference = Reference(spec, oracle.weights())
+    for actual, tokens in zip(feed(runner, new_cache(runner), ids, MIXED), ids, strict=True):
+        assert_close(actual, reference.logits(tokens))
+    assert np.abs(reference.logits(ids[0]) - oracle.logits(ids[0])).max() > 0.1  # it matters

@@ -266,7 +266,7 @@ def test_diff_tells_what_changes(spec: Path) -> None:
 
 def test_plan_shows_a_rank() -> None:
     text = call("plan", f"{QWEN3}#qwen3-8b", "--tp", "16", "--batch", "4").stdout
-    assert "2 query heads on 1 key/value heads, each held by several ranks" in text
+    assert "2 query heads on 1 key/value head, each held by several ranks" in text
     assert "layers.*.attention.qkv_proj.weight   512 × 4096  of 6144 × 4096, split by column" in text
     planned = data(call("plan", f"{QWEN3}#qwen3-8b", "--tp", "2", "--context", "1000", "--batch", "3", "--json"))
     assert planned["legal_degrees"] == [1, 2, 4, 8, 16, 32]

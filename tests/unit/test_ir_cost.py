@@ -148,9 +148,7 @@ def test_memory_is_shared_by_ranks(tmp_path: Path) -> None:
         ({"context": 100, "batch": 9, "prefill_chunk": 4}, 9),
     ],
 )
-def test_activations_are_those_of_the_largest_forward(
-    tmp_path: Path, serve: dict[str, Any], tokens: int
-) -> None:
+def test_activations_are_those_of_the_largest_forward(tmp_path: Path, serve: dict[str, Any], tokens: int) -> None:
     """A chunk of prefill, the prompts if they are shorter, or a decode step if its batch is larger."""
     model = lower(make_spec(tmp_path, attention={"head_dim": 16}))
     found = memory(model, plan(model, 2), **serve)

@@ -76,9 +76,7 @@ def test_transformers_agrees(
 
     parameters = {key: value for key, value in scaling.items() if key != "kind"}
     parameters |= {"rope_type": scaling["kind"], "rope_theta": theta, "partial_rotary_factor": partial}
-    config = Qwen3Config(
-        head_dim=head_dim, max_position_embeddings=MAX_POSITION, rope_parameters=dict(parameters)
-    )
+    config = Qwen3Config(head_dim=head_dim, max_position_embeddings=MAX_POSITION, rope_parameters=dict(parameters))
     assert config.rope_parameters == parameters, "transformers changed the parameters it was given"
     theirs, attention_factor = ROPE_INIT_FUNCTIONS[scaling["kind"]](config, "cpu", seq_len=length)
 
@@ -90,9 +88,7 @@ def test_transformers_agrees(
 def test_default(theta: float, dim: int) -> None:
     found = rope.default(dim, theta)
     assert len(found) == dim // 2
-    assert found == pytest.approx(
-        [math.exp(-2 * i / dim * math.log(theta)) for i in range(dim // 2)], rel=1e-12
-    )
+    assert found == pytest.approx([math.exp(-2 * i / dim * math.log(theta)) for i in range(dim // 2)], rel=1e-12)
 
 
 @given(thetas, factors, st.sampled_from([4, 16, 128]))

@@ -15,9 +15,7 @@ from qwenspec.ir.nodes import Model, Shard
 from qwenspec.ir.shard import legal_degrees, obstacles, plan
 
 
-def model_of(
-    folder: Path, heads: int, kv_heads: int, width: int, vocab_size: int = 90, head_dim: int = 12
-) -> Model:
+def model_of(folder: Path, heads: int, kv_heads: int, width: int, vocab_size: int = 90, head_dim: int = 12) -> Model:
     spec = make_spec(
         folder,
         vocab_size=vocab_size,

@@ -30,9 +30,7 @@ SIZES = {
 
 def tensors(model: nodes.Model) -> dict[str, tuple[int, ...]]:
     """Tensor name -> shape, as the sources of the parameters say."""
-    return {
-        source.tensor: (source.rows, *param.shape[1:]) for param in model.params() for source in param.sources
-    }
+    return {source.tensor: (source.rows, *param.shape[1:]) for param in model.params() for source in param.sources}
 
 
 def saved(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

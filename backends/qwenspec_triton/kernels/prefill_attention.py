@@ -78,7 +78,7 @@ def _blocks(q: Tensor, block_dim: int, max_q_len: int) -> tuple[int, int, int]:
         return 32, 32, 8
     if block_dim > 128:
         return 64, 32, 4 if chip.startswith("gfx") else 8
-    block_n = 64 if chip in ("sm_90", "sm_100", "sm_103") else 32
+    block_n = 64 if chip in ("sm_90", "sm_100") else 32
     return (64, block_n, 4) if max_q_len <= 64 else (128, block_n, 8)
 
 

@@ -6,13 +6,11 @@ Each sequence's keys are split among several programs, so that a small batch fil
 joins the parts. The query heads that share a KV head are one tile, so that keys and values are read once.
 """
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import tl, triton, use_triton
+from .dispatch import architecture, num_processors, tl, triton, use_triton
 from .paged import sequence_kv
 
 MAX_SPLITS = 64
@@ -47,7 +45,7 @@ def decode_attention(
     block_dim = triton.next_power_of_2(head_dim)
     block_n = 64 if block_dim * q.element_size() <= 256 else 32
     blocks = triton.cdiv(max_len, block_n)
-    splits = _num_splits(b * kv_heads, blocks, _num_processors(q.device))
+    splits = _num_splits(b * kv_heads, blocks, num_processors(q.device))
     out = q.new_empty(b, heads * head_dim)
     parts = q.new_empty(b * heads, splits, head_dim, dtype=torch.float32)
     lse = q.new_empty(b * heads, splits, dtype=torch.float32)
@@ -68,8 +66,8 @@ def decode_attention(
         BLOCK_GROUP=max(triton.next_power_of_2(heads // kv_heads), 16),  # tl.dot's least
         BLOCK_DIM=block_dim,
         BLOCK_N=block_n,
-        num_warps=4,
-        num_stages=3,
+        num_warps=8 if q.dtype == torch.float32 else 4,
+        num_stages=2 if architecture(q.device).startswith("gfx") else 3,
     )
     if splits > 1:
         _decode_join_kernel[(b * heads,)](
@@ -88,12 +86,6 @@ def decode_attention(
 def _num_splits(programs: int, blocks: int, processors: int) -> int:
     """Two programs a processor, and no more splits than blocks of keys in the longest sequence."""
     return max(1, min(-(-2 * processors // programs), blocks, MAX_SPLITS))
-
-
-@cache
-def _num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors; in the interpreter any number is right."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
 
 
 def _decode_attention_torch(

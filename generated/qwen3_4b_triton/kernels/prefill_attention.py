@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import tl, triton, use_triton
+from .dispatch import architecture, tl, triton, use_triton
 from .paged import sequence_kv
 
 
@@ -39,8 +39,7 @@ def prefill_attention(
     for tensor in (q, k_pages, v_pages, block_tables):
         assert tensor.is_contiguous()
     block_dim = triton.next_power_of_2(head_dim)
-    wide = block_dim * q.element_size() > 256
-    block_m = 64 if wide or max_q_len <= 64 else 128
+    block_m, block_n, num_warps = _blocks(q, block_dim, max_q_len)
     out = q.new_empty(n, heads * head_dim)
     _prefill_kernel[(heads, b, triton.cdiv(max_q_len, block_m))](
         q,
@@ -58,11 +57,22 @@ def prefill_attention(
         PAGE_SIZE=page_size,
         BLOCK_DIM=block_dim,
         BLOCK_M=block_m,
-        BLOCK_N=32 if wide else 64,
-        num_warps=block_m // 16,
+        BLOCK_N=block_n,
+        num_warps=num_warps,
         num_stages=2,
     )
     return out
+
+
+def _blocks(q: Tensor, block_dim: int, max_q_len: int) -> tuple[int, int, int]:
+    """Queries and keys a block, and warps: the most that a chip's registers hold."""
+    chip = architecture(q.device)
+    if q.dtype == torch.float32:
+        return 32, 32, 8
+    if block_dim > 128:
+        return 64, 32, 4 if chip.startswith("gfx") else 8
+    block_n = 64 if chip in ("sm_90", "sm_100") else 32
+    return (64, block_n, 4) if max_q_len <= 64 else (128, block_n, 8)
 
 
 def _prefill_attention_torch(

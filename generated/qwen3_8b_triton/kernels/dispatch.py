@@ -2,13 +2,14 @@
 #   qwenspec gen specs/qwen3.yaml --variant qwen3-8b --backend triton
 """Which path runs: a Triton kernel on a GPU and in Triton's interpreter, plain PyTorch everywhere else."""
 
+from functools import cache
 from types import SimpleNamespace
-from typing import Any
 
+import torch
 from torch import Tensor
 
-triton: Any
-tl: Any
+__all__ = ["architecture", "num_processors", "tl", "triton", "use_triton"]
+
 try:
     import triton
     import triton.language as tl
@@ -23,3 +24,18 @@ except ImportError:  # a platform without Triton: its kernels are defined all th
 def use_triton(x: Tensor) -> bool:
     """Whether kernels can run on x."""
     return x.is_cuda or INTERPRET
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """The chip kernels are configured for: sm_90, gfx942, …"""
+    if device.type != "cuda":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    return properties.gcnArchName.split(":")[0] if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+
+
+@cache
+def num_processors(device: torch.device) -> int:
+    """The chip's streaming multiprocessors; the interpreter's programs run one after the other on any number."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
