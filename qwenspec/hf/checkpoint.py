@@ -13,7 +13,7 @@ from typing import Any
 from qwenspec import source
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.hf.importer import ImportResult, import_config
-from qwenspec.hf.tokenizer import read_json
+from qwenspec.hf.json_file import read_json
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 100 << 20  # bytes; safetensors' own limit

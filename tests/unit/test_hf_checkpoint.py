@@ -1,4 +1,4 @@
-"""Importing a checkpoint folder: its tensors are checked against its config.json. And the tokenizer's files."""
+"""Importing a checkpoint folder: its tensors are checked against its config.json."""
 
 import json
 import struct
@@ -6,8 +6,7 @@ import struct
 import pytest
 
 from qwenspec.diagnostics import SpecError
-from qwenspec.hf import tokenizer
-from qwenspec.hf.checkpoint import import_path, variant_name
+from qwenspec.hf.checkpoint import import_path, tensors_in, variant_name
 from qwenspec.hf.exporter import export_config
 from qwenspec.hf.tensors import expected
 from qwenspec.ir.lower import lower
@@ -256,29 +255,9 @@ def test_names_of_variants(text, name):
     assert variant_name(text) == name
 
 
-# -------------------------------------------------------------------------------------------------- tokenizer
-
-
-def test_tokenizer_files(tmp_path):
-    assert tokenizer.find(tmp_path) == tokenizer.TokenizerFiles(None, None, ())
-    (tmp_path / "config.json").write_text('{"eos_token_id": 1}')
-    (tmp_path / "tokenizer.json").write_text("{}")
-    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "old"}')
-    assert tokenizer.find(tmp_path) == tokenizer.TokenizerFiles(tmp_path / "tokenizer.json", "old", (1,))
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 3]}')
-    (tmp_path / "chat_template.jinja").write_text("new")
-    assert tokenizer.find(tmp_path) == tokenizer.TokenizerFiles(tmp_path / "tokenizer.json", "new", (2, 3))
-
-
-def test_a_list_of_chat_templates_has_a_default(tmp_path):
-    templates = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}]
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}))
-    assert tokenizer.find(tmp_path).chat_template == "d"
-
-
-def test_broken_json_is_told_with_its_place(tmp_path):
-    (tmp_path / "generation_config.json").write_text('{\n  "eos_token_id": oops\n}')
+def test_a_broken_index_is_told_with_its_place(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{\n  "weight_map": oops\n}')
     with pytest.raises(SpecError) as caught:
-        tokenizer.find(tmp_path)
+        tensors_in(tmp_path)
     (diagnostic,) = caught.value.diagnostics
     assert (diagnostic.code, diagnostic.location.line) == ("json-syntax", 2)
