@@ -112,6 +112,9 @@ def _outcome(command: Callable[[], ExitCode | None]) -> int:
         show_diagnostics([Diagnostic("system", f"{error.filename}: {error.strerror}")])
         return ExitCode.USAGE
     except Exception as error:
+        if "OutOfMemory" in type(error).__name__:  # torch's, which is not imported here
+            show_diagnostics([Diagnostic("out-of-memory", str(error).splitlines()[0])])
+            return ExitCode.USAGE
         return _bug(error)
 
 

@@ -10,9 +10,18 @@ from qwenspec.backend.registry import MANIFEST
 from qwenspec.commands import console
 from qwenspec.commands.specs import pick
 from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError
+from qwenspec.spec.base import Model
 from qwenspec.spec.document import Spec
 
 COMMITTED = "manifest.yaml"  # in the output folder: what `--all` is
+
+
+class Entry(Model):
+    """One package of the manifest."""
+
+    spec: str
+    variant: str
+    backend: str
 
 
 @dataclass(frozen=True)
@@ -35,22 +44,15 @@ def committed(out: Path) -> list[Job]:
     if not file.is_file():
         hint = "`--all` is for a repository that commits generated packages: run it at its root, or name a SPEC"
         raise SpecError([Diagnostic("no-manifest", f"there is no {file}", hint=hint)])
-    return [Job(pick(entry["spec"], entry["variant"]), entry["backend"], out) for entry in _entries(file)]
+    return [Job(pick(entry.spec, entry.variant), entry.backend, out) for entry in _entries(file)]
 
 
-def _entries(file: Path) -> list[dict[str, str]]:
+def _entries(file: Path) -> list[Entry]:
     import yaml
     from pydantic import TypeAdapter, ValidationError
-    from typing_extensions import TypedDict
-
-    class Entry(TypedDict):
-        spec: str
-        variant: str
-        backend: str
 
     try:
-        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
-        return TypeAdapter(list[Entry]).validate_python(entries)  # type: ignore[return-value]
+        return TypeAdapter(list[Entry]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
     except (yaml.YAMLError, ValidationError) as error:
         hint = "it is a list of {spec: FILE, variant: NAME, backend: NAME}"
         problem = Diagnostic("bad-manifest", str(error).splitlines()[0], Location(str(file), 0, 0), hint)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenspec import source
+from qwenspec import source, tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.hf.importer import ImportResult, import_config
 from qwenspec.hf.json_file import read_json
@@ -41,7 +41,7 @@ def import_path(path: str | Path, name: str | None = None) -> ImportResult:
     document = source.parse_file(file)  # JSON is YAML too, and this one keeps places
     if document.diagnostics:
         raise SpecError(document.diagnostics)
-    config: dict[str, Any] = source.plain(document.root)
+    config: dict[str, Any] = tree.plain(document.root)
     notes: list[str] = []
     names: Collection[str] | None = None
     if path.is_dir():

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qwenspec import source
+from qwenspec import tree as source_tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
 from qwenspec.hf.harmless import HARMLESS
 
@@ -22,7 +22,7 @@ class Report:
     `root` is the parsed file; without it the place is the file as a whole.
     """
 
-    def __init__(self, file: str, root: source.Mapping | None) -> None:
+    def __init__(self, file: str, root: source_tree.Mapping | None) -> None:
         self.file, self.root = file, root
         self.diagnostics: list[Diagnostic] = []
         self.notes: list[str] = []
@@ -33,17 +33,17 @@ class Report:
 
     def location(self, path: Path) -> Location:
         """Where the key at `path` was written, or the nearest one above it."""
-        node: source.Node | None = self.root
+        node: source_tree.Node | None = self.root
         location = Location(self.file, 0, 0)
         for key in path:
-            if not isinstance(node, source.Mapping) or key not in node.entries:
+            if not isinstance(node, source_tree.Mapping) or key not in node.entries:
                 break
             location, node = node.entries[key].key, node.entries[key].value
         return location
 
     def find(self, key: str) -> Path:
         """The path of a key that is somewhere in the file, or the file's own."""
-        found = [path for path, node in source.walk(self.root) if key in path] if self.root else []
+        found = [path for path, node in source_tree.walk(self.root) if key in path] if self.root else []
         return tuple(map(str, found[0])) if found else ()
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, get_args
 
 from qwenspec import source
+from qwenspec import tree as source_tree
 from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
@@ -39,7 +40,7 @@ def import_config(
     *,
     name: str,
     source_file: str = "config.json",
-    root: source.Mapping | None = None,
+    root: source_tree.Mapping | None = None,
     tensor_names: Collection[str] | None = None,
     normalize: bool = True,
 ) -> ImportResult:
@@ -135,7 +136,7 @@ def _is_backbone(config: Config, model_type: str) -> bool:
 
 def _layout(name: str) -> Layout:
     """A built-in layout."""
-    return Layout.model_validate(source.plain(source.parse_file(builtin_layouts()[name]).root))
+    return Layout.model_validate(source_tree.plain(source.parse_file(builtin_layouts()[name]).root))
 
 
 def _spec(tree: Tree, report: Report) -> Spec:
@@ -143,7 +144,7 @@ def _spec(tree: Tree, report: Report) -> Spec:
     root = source.parse(write_spec(tree), report.file).root
     merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization")}
     name, family, description = tree["default_variant"], tree["family"], tree["description"]
-    spec, findings = check(source.Mapping(merged, root.location), name, family, description, report.file)
+    spec, findings = check(source_tree.Mapping(merged, root.location), name, family, description, report.file)
     for finding in findings:
         keys = [step for step in finding.path if isinstance(step, str)]
         told = finding.diagnostic

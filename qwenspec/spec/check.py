@@ -9,12 +9,13 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.source import Entry, Mapping, Path_, at, parse_file, place, plain
+from qwenspec.source import parse_file
 from qwenspec.spec.checkpoint import builtin_layouts
 from qwenspec.spec.document import Spec
 from qwenspec.spec.explain import Finding, explain
 from qwenspec.spec.files import layout_node
 from qwenspec.spec.rules import RULES
+from qwenspec.tree import Entry, Mapping, Path_, at, place, plain
 
 MAX_MISTAKES = 100  # told of one rule
 

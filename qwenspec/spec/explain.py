@@ -10,8 +10,8 @@ from functools import cache
 from pydantic import BaseModel, ValidationError
 
 from qwenspec.diagnostics import Diagnostic, Location, listed, nearest
-from qwenspec.source import Mapping, Node, Path_, Scalar, Sequence, at, place, written
 from qwenspec.spec.shape import Shape, discriminator, fields, literals, sentence, shape, tagged
+from qwenspec.tree import Mapping, Node, Path_, Scalar, Sequence, at, place, written
 
 MAX_ERRORS = 100  # explained of one validation; nobody reads more, and a file may hold thousands
 

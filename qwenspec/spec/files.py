@@ -13,15 +13,15 @@ from typing import NoReturn
 
 from pydantic import ValidationError
 
-from qwenspec import source
+from qwenspec import source, tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
-from qwenspec.source import Entry, Mapping, Node, Scalar, place, plain
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
 from qwenspec.spec.document import Document, Variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
+from qwenspec.tree import Entry, Mapping, Node, Scalar, place, plain
 
 MAX_EXTENDS = 32
 VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
@@ -174,7 +174,7 @@ def layout_node(architecture: Node | None) -> Node | None:
 
     A name with a slash or a .yaml ending is a file, relative to the file in which it was written.
     """
-    node = source.at(architecture, ("checkpoint", "layout"))
+    node = tree.at(architecture, ("checkpoint", "layout"))
     if isinstance(node, Mapping):
         return node
     if node is None:
@@ -213,7 +213,7 @@ def _fail(code: str, message: str, location: Location, hint: str = "") -> NoRetu
 # ------------------------------------------------------------------------------------- a file's own mistakes
 
 
-def _problems(document: source.Document, name: str, path: str) -> list[Diagnostic]:
+def _problems(document: tree.Document, name: str, path: str) -> list[Diagnostic]:
     """What is wrong with a file beside its architectures."""
     file = SpecFile(name, path, document.root, list(document.diagnostics))
     version = file.root.get("schema_version")

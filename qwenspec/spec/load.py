@@ -8,12 +8,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
-from qwenspec.source import Entry, Mapping, Scalar, at, place
 from qwenspec.spec.check import check
 from qwenspec.spec.document import Spec
 from qwenspec.spec.explain import Finding
 from qwenspec.spec.files import Files, SpecFile, variant_named
 from qwenspec.spec.rules import RULES
+from qwenspec.tree import Entry, Mapping, Scalar, at, place
 
 MAX_DIAGNOSTICS = 100
 # A key that could not be read takes its value with it; what then seems to be missing may not be.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qwenspec.source import Entry, Mapping, Node, Scalar
 from qwenspec.spec.shape import DISCRIMINATORS
+from qwenspec.tree import Entry, Mapping, Node, Scalar
 
 
 def merge(base: Node | None, overlay: Node) -> Node:

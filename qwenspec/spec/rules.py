@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from qwenspec.diagnostics import listed, nearest
-from qwenspec.source import Path_
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.document import Spec
 from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, Llama3, LongRope, Ntk, Yarn
+from qwenspec.tree import Path_
 
 
 @dataclass(frozen=True, slots=True)

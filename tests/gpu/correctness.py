@@ -67,7 +67,7 @@ def packages(report: Report, device: torch.device, folders: Sequence[Path], quic
         config = package.Config()
         config = shrunk(config) if quick else dataclasses.replace(config, num_hidden_layers=4)
         model = random_model(package, config, torch.bfloat16, device)
-        ids = torch.randint(config.vocab_size, (tokens,), device=device)
+        ids = some_ids(tokens, config.vocab_size, device)
         exact = hugging_face(package, recast(package, model, torch.float32), "eager")(ids[None]).logits[0]
         peer = errors(hugging_face(package, model)(ids[None]).logits[0], exact)
         for path, lengths in paths.items():
@@ -87,6 +87,11 @@ def forward(model: Any, ids: Tensor, lengths: Sequence[int]) -> Tensor:
         logits.append(step(model.embed(part), cache)[0])
         cache.end_forward()
     return torch.cat(logits)
+
+
+def some_ids(n: int, vocab_size: int, device: torch.device, seed: int = 0) -> Tensor:
+    """n random tokens, the same on every device."""
+    return torch.randint(vocab_size, (n,), generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def errors(logits: Tensor, exact: Tensor) -> Tensor:
@@ -119,11 +124,10 @@ def graphs(report: Report, device: torch.device, folder: Path) -> None:
     model = random_model(package, config, torch.bfloat16, device)
     exact_model = recast(package, model, torch.float32)
     captured, eager, exact = (started(m, config.vocab_size) for m in (model, model, exact_model))
-    generator = torch.Generator(device).manual_seed(1)
     identical, outputs = 0, []
     with counted_replays(package) as replays:
-        for seq_ids in SCHEDULE:
-            ids = torch.randint(config.vocab_size, (len(seq_ids),), device=device, generator=generator)
+        for step, seq_ids in enumerate(SCHEDULE):
+            ids = some_ids(len(seq_ids), config.vocab_size, device, seed=step)
             logits = decode(model.batch_decode, model, captured, seq_ids, ids)
             graph = replays[-1]
             again = model.step(graph.embeds, graph.batch, captured)[: len(seq_ids)]
@@ -148,7 +152,7 @@ def started(model: Any, vocab_size: int) -> Any:
     cache = model.create_paged_kv_cache(len(LENGTHS), pages * PAGE_SIZE, sum(LENGTHS), PAGE_SIZE)
     for i in range(len(LENGTHS)):
         cache.add_sequence(i)
-    ids = torch.randint(vocab_size, (sum(LENGTHS),), generator=torch.Generator().manual_seed(2)).to(model.device)
+    ids = some_ids(sum(LENGTHS), vocab_size, model.device)
     ends = torch.tensor(LENGTHS, device=model.device).cumsum(0) - 1
     cache.begin_forward(range(len(LENGTHS)), LENGTHS)
     model.batch_prefill(model.embed(ids), ends, cache)

@@ -54,7 +54,6 @@ def main() -> int:
 
 
 def run(args: argparse.Namespace, wanted: list[str], device: torch.device) -> int:
-    torch.manual_seed(0)
     report, start = Report(), time.monotonic()
     print(machine := describe(device))
     plan = speed.Plan(args.quick, 0 if args.quick else args.compile_seconds)

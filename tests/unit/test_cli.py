@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,10 @@ def test_gen_writes_a_package_and_check_compares_it(spec: Path, tmp_path: Path) 
 
 def test_a_variant_is_named_after_the_file_or_by_the_option(spec: Path, tmp_path: Path) -> None:
     for arguments in ([f"{spec}#tiny-tied"], [spec, "--variant", "tiny-tied"], [f"{spec}#tiny", "-v", "tiny-tied"]):
-        (written,) = data(call("gen", *arguments, "--out", tmp_path, "--json"))
-        assert written["package"] == str(tmp_path / "tiny_tied_triton")
-        assert written["lines"]["model.py"] > 20
+        assert data(call("show", *arguments, "--json"))["variant"] == "tiny-tied"
+    (written,) = data(call("gen", spec, "--variant", "tiny-tied", "--out", tmp_path, "--json"))
+    assert written["package"] == str(tmp_path / "tiny_tied_triton")
+    assert written["lines"]["model.py"] > 20
 
 
 def test_gen_says_that_quantisation_cannot_be_executed_yet(spec: Path, tmp_path: Path) -> None:
@@ -119,16 +121,18 @@ def test_gen_all_writes_what_the_manifest_lists(spec: Path, tmp_path: Path) -> N
     out = tmp_path / "generated"
     assert "there is no" in call("gen", "--all", "--out", out).stderr
     out.mkdir()
-    entries = [{"spec": str(spec), "variant": name, "backend": "triton"} for name in ("tiny", "tiny-tied")]
-    (out / "manifest.yaml").write_text(json.dumps(entries))
+    package = out / "tiny_triton"
+    entry = {"spec": str(spec), "variant": "tiny", "backend": "triton"}
+    (out / "manifest.yaml").write_text(json.dumps([entry]))
     assert call("gen", "--all", "--out", out, "--check").exit_code == 1
-    assert len(data(call("gen", "--all", "--out", out, "--json"))) == 2
+    assert [written["package"] for written in data(call("gen", "--all", "--out", out, "--json"))] == [str(package)]
     assert call("gen", "--all", "--out", out, "--check").exit_code == 0
 
-    (out / "manifest.yaml").write_text(json.dumps(entries[:1]))
+    shutil.copytree(package, out / "old_triton")
     stray = call("gen", "--all", "--out", out, "--check", "--json")
     assert stray.exit_code == 1
-    assert data(stray) == {"checked": [str(out / "tiny_triton")], "stale": {}, "stray": [str(out / "tiny_tied_triton")]}
+    assert data(stray) == {"checked": [str(package)], "stale": {}, "stray": [str(out / "old_triton")]}
+    assert "old_triton is not in the manifest" in stray.stderr
 
     (out / "manifest.yaml").write_text("- {spec: 3}")
     assert "error[bad-manifest]" in call("gen", "--all", "--out", out).stderr
@@ -353,6 +357,17 @@ def test_our_own_bugs_are_told_apart(spec: Path, monkeypatch: pytest.MonkeyPatch
     result = call("show", spec)
     assert result.exit_code == 70
     assert "Traceback (most recent call last)" in result.stderr
+
+
+def test_running_out_of_memory_is_not_our_bug(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    raising(monkeypatch, torch.OutOfMemoryError("CUDA out of memory.\nmore"))
+    result = call("show", spec)
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "error[out-of-memory]: CUDA out of memory.\n",
+    )
 
 
 def test_a_place_that_cannot_be_written_is_not_our_bug(spec: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenspec import source
+from qwenspec import source, tree
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf import tensors
 from qwenspec.hf.exporter import export_config
@@ -33,7 +33,7 @@ def spec_of(architecture, quantization=None, variant="drawn"):
     }
     root = source.parse(write_spec(document), "drawn.yaml").root
     merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization")}
-    spec, _ = check(source.Mapping(merged, root.location), variant, "drawn", "", "drawn.yaml")
+    spec, _ = check(tree.Mapping(merged, root.location), variant, "drawn", "", "drawn.yaml")
     return spec
 
 

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from qwenspec.diagnostics import Location, SpecError
-from qwenspec.source import MAX_BYTES, Mapping, Scalar, Sequence, at, parse, parse_file, place, plain, walk, written
+from qwenspec.source import MAX_BYTES, parse, parse_file
+from qwenspec.tree import Mapping, Scalar, Sequence, at, place, plain, walk, written
 
 
 def value_of(text: str) -> Any:

@@ -9,8 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
-from qwenspec.source import parse_file, plain
+from qwenspec.source import parse_file
 from qwenspec.spec.schema import json_schema, schema_text
+from qwenspec.tree import plain
 
 ROOT = Path(__file__).parents[2]
 SPECS = sorted((ROOT / "specs").glob("*.yaml"))
