@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,9 @@ Step = Callable[[Tensor, Batch, PagedKVCache], Tensor]
 class DecodeGraph:
     """One decode step for `size` sequences: its inputs stay at fixed addresses and are overwritten before a replay."""
 
-    def __init__(self, step: Step, size: int, width: int, embeds: Tensor, batch: Batch, cache: PagedKVCache) -> None:
+    def __init__(
+        self, step: Step, size: int, width: int, embeds: Tensor, batch: Batch, cache: PagedKVCache, pool: Any
+    ) -> None:
         self.embeds = embeds.new_zeros(size, embeds.shape[1])  # [size, hidden]
         self.batch = padded(batch, size, width)
         with torch.cuda.device(embeds.device):
@@ -35,7 +38,7 @@ class DecodeGraph:
                     step(self.embeds, self.batch, cache)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, pool=pool):
                 self.logits = step(self.embeds, self.batch, cache)
 
     def replay(self, embeds: Tensor, batch: Batch) -> Tensor:
@@ -61,13 +64,16 @@ class DecodeGraphs:
     def __init__(self, step: Step) -> None:
         self.step = step
         self.graphs: dict[tuple[int, int], DecodeGraph] = {}
+        self.pool: Any = None
 
     def __call__(self, embeds: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
         """embeds [b, hidden] -> logits [b, vocab]."""
         size = power_of_two(len(embeds))
         width = power_of_two(max(batch.block_tables.shape[1], 16))
+        # One memory pool for all: no two graphs run at once, and logits are copied out of it.
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
         if (size, width) not in self.graphs:
-            self.graphs[size, width] = DecodeGraph(self.step, size, width, embeds, batch, cache)
+            self.graphs[size, width] = DecodeGraph(self.step, size, width, embeds, batch, cache, self.pool)
         return self.graphs[size, width].replay(embeds, batch)
 
 

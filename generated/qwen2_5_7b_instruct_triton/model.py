@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .cache import Batch, PagedKVCache
 from .config import Config
 from .graphs import DecodeGraphs
-from .layers import DecoderLayer, RMSNorm
+from .layers import DecoderLayer, Linear, RMSNorm
 from .rope import cos_sin, inverse_frequencies
 from .weights import load_weights
 
@@ -30,7 +30,7 @@ class Model(nn.Module):
             self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
             self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.to(dtype)
         self.inv_freq = torch.tensor(inverse_frequencies(config), dtype=torch.float32, device=device)
 

@@ -8,12 +8,12 @@ n counts tokens over all sequences of a forward, in the order given to cache.beg
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cache import Batch, PagedKVCache
 from .config import Config
 from .graphs import DecodeGraphs
+from .kernels.linear import linear
 from .layers import DecoderLayer, RMSNorm
 from .rope import cos_sin, inverse_frequencies
 from .weights import load_weights
@@ -53,7 +53,7 @@ class Model(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[m, hidden] -> logits [m, vocab] in float32."""
-        return F.linear(x, self.embed_tokens.weight).float()
+        return linear(x, self.embed_tokens.weight).float()
 
     # ------------------------------------------------------------------- what a serving engine calls
 

@@ -9,9 +9,17 @@ from .cache import Batch
 from .config import Config
 from .kernels.activation import act_and_mul
 from .kernels.decode_attention import decode_attention
+from .kernels.linear import linear
 from .kernels.norm import add_rms_norm, rms_norm
 from .kernels.prefill_attention import prefill_attention
 from .kernels.qkv import rotate_and_cache
+
+
+class Linear(nn.Linear):
+    """x Wᵀ."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
 
 class RMSNorm(nn.Module):
@@ -37,10 +45,10 @@ class Attention(nn.Module):
         self.scale = config.attention_scale
         query_size = config.num_attention_heads * config.head_dim
         kv_size = config.num_key_value_heads * config.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, query_size + 2 * kv_size, bias=False)
+        self.qkv_proj = Linear(config.hidden_size, query_size + 2 * kv_size, bias=False)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps)
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps)
-        self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
+        self.o_proj = Linear(query_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor, pages: Tensor, batch: Batch, cos: Tensor, sin: Tensor) -> Tensor:
         """x [n, hidden], pages [2, pages, page_size, num_kv_heads, head_dim] -> [n, hidden]."""
@@ -71,8 +79,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         gate_up = self.gate_up_proj(x)  # [n, 2 * intermediate]

@@ -9,6 +9,8 @@ from torch import Tensor
 from .dispatch import architecture, tl, triton, use_triton
 from .paged import sequence_kv
 
+QUERIES = 64  # of one sequence at a time, on a CPU
+
 
 def prefill_attention(
     q: Tensor,
@@ -87,27 +89,25 @@ def _prefill_attention_torch(
     out = torch.empty_like(q)
     starts = q_starts.tolist()
     for i, length in enumerate(kv_lens.tolist()):
-        new = slice(starts[i], starts[i + 1])
-        prefix = length - (new.stop - new.start)
-        if new.start == new.stop:
-            continue
-        first = 0  # the first key that some new token sees
-        k, v = sequence_kv(k_pages, v_pages, block_tables[i], first, length)
-        causal = prefix == 0
-        mask = None
-        if not causal:
-            key, query = torch.arange(first, length), torch.arange(prefix, length).unsqueeze(1)
+        prefix = length - (starts[i + 1] - starts[i])
+        oldest = 0  # the first key that some new token sees
+        k, v = sequence_kv(k_pages, v_pages, block_tables[i], oldest, length)
+        # In blocks, for scaled_dot_product_attention computes the scores of keys that its mask hides, too.
+        for block in range(prefix, length, QUERIES):
+            stop = min(block + QUERIES, length)
+            first = 0
+            key, query = torch.arange(first, stop), torch.arange(block, stop).unsqueeze(1)
             mask = key <= query
-        attended = F.scaled_dot_product_attention(
-            q[new].transpose(0, 1).unsqueeze(0),
-            k.unsqueeze(0),
-            v.unsqueeze(0),
-            attn_mask=mask,
-            is_causal=causal,
-            scale=scale,
-            enable_gqa=True,
-        )
-        out[new] = attended[0].transpose(0, 1)
+            new = slice(starts[i] + block - prefix, starts[i] + stop - prefix)
+            attended = F.scaled_dot_product_attention(
+                q[new].transpose(0, 1).unsqueeze(0),
+                k[:, first - oldest : stop - oldest].unsqueeze(0),
+                v[:, first - oldest : stop - oldest].unsqueeze(0),
+                attn_mask=mask,
+                scale=scale,
+                enable_gqa=True,
+            )
+            out[new] = attended[0].transpose(0, 1)
     return out.flatten(1)
 
 
