@@ -21,8 +21,9 @@ def test_against_float64(n: int, biased: bool, dtype: torch.dtype) -> None:
     actual = module.linear(x, weight, bias)
     assert actual.dtype == dtype
     assert actual.shape == exact.shape
-    # A product accumulated in float32 and rounded once: within one unit of the last place of the largest value.
-    assert (actual.double() - exact).abs().max() <= torch.finfo(dtype).eps * exact.abs().max()
+    # Accumulated in float32, whose rounding adds up over 96 terms, then rounded once.
+    tolerance = torch.finfo(dtype).eps + 8 * torch.finfo(torch.float32).eps
+    assert (actual.double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
 def test_float32_goes_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
