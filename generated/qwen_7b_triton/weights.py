@@ -4,7 +4,7 @@
 
 Each entry there names a parameter, its shape and the checkpoint tensors that lie in its rows, top row first; an
 entry with `{i}` stands for one parameter a layer. Everything is checked from the files' headers before anything
-is allocated, and tensors are read one at a time, so that memory peaks at the model and one tensor.
+is allocated, and tensors are read a piece at a time, so that memory peaks little above the model.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 FLOATS = ("F32", "F16", "BF16", "F64")
+CHUNK = 16 << 20  # bytes read at once
 
 
 class CheckpointError(ValueError):
@@ -116,10 +117,13 @@ def check(parameters: list[Parameter], stored: dict[str, Stored], ignored: list[
 def read(parameter: Parameter, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> Tensor:
     """One parameter, its sources below one another."""
     filled = torch.empty(parameter.shape, dtype=dtype, device=device)
+    step = max(1, CHUNK // filled[:1].nbytes)
     row = 0
     for tensor, rows in parameter.sources:
-        # Opened anew for each tensor: closing the file drops its pages, which would count as this process's memory.
-        with safe_open(stored[tensor].file, framework="pt") as tensors:
-            filled[row : row + rows].copy_(tensors.get_tensor(tensor))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            # Opened anew for each chunk: closing the file drops its pages, which count as this process's memory.
+            with safe_open(stored[tensor].file, framework="pt") as tensors:
+                filled[row + start : row + stop].copy_(tensors.get_slice(tensor)[start:stop])
         row += rows
     return filled

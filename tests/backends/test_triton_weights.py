@@ -108,13 +108,15 @@ def test_dtypes(oracle: Oracle, package: Path, tmp_path: Path) -> None:
 
 
 MEASURE = """
-import importlib.util, resource, sys
+import re, sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 module = __import__(sys.argv[2])
 torch.ones(8, 8) @ torch.ones(8, 8)
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak():  # not getrusage: its maximum starts at what the parent process had
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+module.Model(module.Config(), torch.bfloat16, torch.device("cpu"))  # empty: what torch imports for it is no tensor
 before = peak()
 model = module.Model.load(sys.argv[3])
 model_bytes = sum(p.nbytes for p in model.parameters())
@@ -122,9 +124,9 @@ print(model_bytes, peak() - before)
 """
 
 
-def test_peak_memory_is_the_model_and_a_tensor(tmp_path: Path) -> None:
-    """A checkpoint of five files: loading may take 1.2 times the model's own bytes at most."""
-    wide = {"hidden_size": 768, "intermediate_size": 2304, "vocab_size": 4096, "num_hidden_layers": 10}
+def test_peak_memory_is_little_more_than_the_model(tmp_path: Path) -> None:
+    """A checkpoint of five files, untied, embedding and head a third of it each: at most 1.2 times its bytes."""
+    wide = {"hidden_size": 768, "intermediate_size": 2304, "vocab_size": 40_000, "num_hidden_layers": 6}
     spec = tiny_spec(QWEN3, wide, {"dtype": "bfloat16", "attention": {"head_dim": 128}})
     package = emit(spec, "triton", tmp_path)
     oracle = Oracle(spec)
@@ -132,8 +134,8 @@ def test_peak_memory_is_the_model_and_a_tensor(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MEASURE, str(package.parent), package.name, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model_bytes, peak = map(int, done.stdout.split())
-    assert model_bytes == sum(t.numel() * 2 for t in oracle.state.values()) > 100e6
-    assert peak <= 1.2 * model_bytes, f"{peak / model_bytes:.2f} times the model"
+    assert model_bytes == sum(t.numel() * 2 for t in oracle.state.values()) > 150e6
+    assert 0.9 * model_bytes < peak <= 1.2 * model_bytes, f"{peak / model_bytes:.2f} times the model"
 
 
 def test_manifest_names_every_tensor_of_the_checkpoint(oracle: Oracle, package: Path) -> None:
