@@ -83,7 +83,8 @@ def read_headers(folder: Path) -> dict[str, Stored]:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                names = tensors.keys()  # a list; safe_open is no mapping
+                for name in names:
                     view = tensors.get_slice(name)
                     stored[name] = Stored(file, view.get_dtype(), tuple(view.get_shape()))
         except (OSError, SafetensorError) as error:
