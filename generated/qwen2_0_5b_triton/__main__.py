@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
     prompts = [text.chat([{"role": "user", "content": p}]) if args.chat else p for p in args.prompt]
     stop = text.stop_tokens().union(map(text.token, args.stop))
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_tokens, stop)
-    pieces = text.stream(generate(model, [text.encode(prompt) for prompt in prompts], sampling))
+    ids = [text.encode(prompt, add_special_tokens=not args.chat) for prompt in prompts]
+    warn(max(map(len, ids)) + args.max_tokens, model)
+    pieces = text.stream(generate(model, ids, sampling))
     if len(prompts) == 1 and not args.json:
         for _, piece in pieces:
             print(piece, end="", flush=True)
@@ -55,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"--- {prompt}\n{answer}")
     return 0
+
+
+def warn(tokens: int, model: Model) -> None:
+    if tokens > (limit := model.config.max_position_embeddings):
+        print(f"note: up to {tokens} tokens, and the model was made for {limit}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,13 +27,16 @@ class Text:
             raise TextError(f"{file} is missing: text needs the checkpoint's tokenizer")
         self.tokenizer: Tokenizer = Tokenizer.from_file(str(file))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written in it are recognised."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False).ids)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text; special tokens written in it are recognised.
+
+        `add_special_tokens`: also those that the tokenizer puts round a text, such as the one at the end that an
+        embedding model reads. A rendered chat brings its own."""
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def token(self, text: str) -> int:
         """The id of a text that is one token."""
-        ids = self.encode(text)
+        ids = self.encode(text, add_special_tokens=False)
         if len(ids) != 1:
             raise TextError(f"{text!r} is {len(ids)} tokens, and should be one")
         return ids[0]

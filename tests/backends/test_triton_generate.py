@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
@@ -28,17 +29,24 @@ def oracle() -> Oracle:
     return Oracle(tiny_spec(QWEN3, {"vocab_size": 300}))
 
 
-@pytest.fixture(scope="module")
-def weights(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint folder with a byte-level tokenizer and a chat template."""
-    folder = oracle.save(tmp_path_factory.mktemp("weights"))
+def write_tokenizer(folder: Path, template: str) -> Tokenizer:
+    """A byte-level tokenizer.json; `template` is what the tokenizer makes of a text $A."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": 0} | {c: i + 1 for i, c in enumerate(alphabet)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<end>"])
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<end>", 0)])
     tokenizer.save(str(folder / "tokenizer.json"))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def weights(oracle: Oracle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with a byte-level tokenizer and a chat template."""
+    folder = oracle.save(tmp_path_factory.mktemp("weights"))
+    write_tokenizer(folder, "$A")
     (folder / "chat_template.jinja").write_text(
         "{%- for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}"
         "{%- if add_generation_prompt %}[assistant]{% endif %}"
@@ -206,6 +214,25 @@ def test_a_copied_package_runs_without_qwenspec(
     assert expected.strip("\ufffd") in done.stdout
     if options:
         assert "--- second" in done.stdout
+
+
+def test_an_embedding_model_reads_the_token_that_its_tokenizer_adds(tmp_path: Path) -> None:
+    """python -m of an embedding package: the vector of the text and its end token, as Hugging Face tokenizes."""
+    oracle = Oracle(tiny_spec(QWEN3, {"vocab_size": 300, "lm_head": None, "embedding": {"normalize": True}}))
+    package = emit(oracle.spec, "triton", tmp_path)
+    tokenizer = write_tokenizer(oracle.save(tmp_path / "weights"), "$A <end>")
+    command = [sys.executable, "-m", package.name, "--weights", str(tmp_path / "weights"), "--prompt", "abc", "--json"]
+    done = subprocess.run(command, cwd=package.parent, capture_output=True, text=True, check=True)
+    ids = tokenizer.encode("abc").ids
+    assert ids[-1] == tokenizer.token_to_id("<end>")
+    assert json.loads(done.stdout)[0]["embedding"] == pytest.approx(oracle.logits(ids)[-1].tolist(), abs=1e-5)
+
+
+def test_a_text_longer_than_the_model_was_made_for_is_noted(package: Path, weights: Path) -> None:
+    command = [sys.executable, "-m", package.name, "--weights", str(weights), "--prompt", "abc", "--max-tokens"]
+    for tokens, note in ((61, ""), (62, "note: up to 65 tokens, and the model was made for 64\n")):
+        done = subprocess.run([*command, str(tokens)], cwd=package.parent, capture_output=True, text=True, check=True)
+        assert done.stderr == note
 
 
 def test_a_wrong_folder_is_one_line_and_exit_2(package: Path, tmp_path: Path) -> None:
