@@ -54,16 +54,9 @@ class Attention(nn.Module):
         """x [n, hidden], pages [2, pages, page_size, num_kv_heads, head_dim] -> [n, hidden]."""
         k_pages, v_pages = pages
         qkv = self.qkv_proj(x)  # [n, (num_heads + 2 * num_kv_heads) * head_dim]
-        q = rotate_and_cache(  # [n, num_heads, head_dim]
-            qkv,
-            cos,
-            sin,
-            k_pages,
-            v_pages,
-            batch.slots,
-            self.q_norm.weight,
-            self.k_norm.weight,
-            self.q_norm.eps,
+        # q: [n, num_heads, head_dim]
+        q = rotate_and_cache(
+            qkv, cos, sin, k_pages, v_pages, batch.slots, self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
         )
         if batch.max_q_len == 1:
             out = decode_attention(q, k_pages, v_pages, batch.block_tables, batch.kv_lens, self.scale)
