@@ -60,7 +60,7 @@ CONFIG = Qwen3Config(
     eos_token_id=None,
 )
 # How often a task comes in 16 problems: what is learnt late comes more often.
-MIX = {"copy": 1, "reverse": 1, "sort": 2, "count": 3, "max": 1, "min": 1, "add": 3, "subtract": 4}
+MIX = {"copy": 1, "reverse": 1, "sort": 2, "count": 2, "max": 2, "min": 2, "add": 3, "subtract": 3}
 BATCH = 64
 PEAK_LR, WARMUP = 1.5e-3, 200
 LENGTHS = {"plain": 18, "chat": 25}  # tokens of the longest problem, its end left out, by format
