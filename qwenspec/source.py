@@ -66,11 +66,11 @@ def read(path: str | Path, wanted_by: Location | None = None) -> str:
 
 def _similar_file(path: Path) -> str:
     try:
-        names = sorted(p.name for p in path.parent.iterdir() if p.suffix in (".yaml", ".yml"))
+        names = {p.stem: p.name for p in sorted(path.parent.iterdir()) if p.suffix in (".yaml", ".yml")}
     except OSError:
         return f"there is no directory `{path.parent}` either"
-    close = nearest(path.name, names)
-    return f"did you mean `{path.with_name(close)}`?" if close else ""
+    close = nearest(path.stem, names)
+    return f"did you mean `{path.with_name(names[close])}`?" if close else ""
 
 
 def _files_in(path: Path) -> str:
