@@ -1,8 +1,9 @@
-"""Decoding and prefill on CPU, a generated package beside Hugging Face: python benchmarks/cpu.py.
+"""Generated packages on CPU, beside Hugging Face and what the machine can do: python benchmarks/cpu.py.
 
-Each contender is a process of its own with the model's full shape and random weights; rounds alternate between
-them, so that both meet the same neighbours on the machine. The limits are measured in the same rounds: reading the
-weights once for a decoded token, the matrix products at torch's best rate for a prefill.
+Both backends' packages are generated from a spec, and all contenders read the same random checkpoint. Each is a
+process of its own; rounds alternate between them, so that all meet the same neighbours on the machine. The limits
+are measured in the same rounds: reading the weights once for a decoded token, the matrix products at torch's best
+rate for a prefill. In the end TVM's compile times are measured, of the whole model and of one with 4 layers.
 """
 
 from __future__ import annotations
@@ -12,85 +13,159 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-PEERS = ("ours", "hugging face")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import qwenspec
+from qwenspec.spec.document import Spec
+
+ROOT = Path(__file__).resolve().parents[1]
+CONTENDERS = ("triton", "tvm", "hugging face", "tvm float16", "tvm bfloat16")
 WORKS = ("decode", "prefill 128", "prefill 512")
+TOLERANCES = {"": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}  # of the largest logit, over a few decoded tokens
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--package", type=Path, default=HERE.parent / "generated" / "qwen3_0_6b_triton")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--layers", type=int, help="fewer than the model has, for a quick look")
+    parser.add_argument("--spec", default="specs/qwen3.yaml")
+    parser.add_argument("--variant", default="qwen3-0.6b")
+    parser.add_argument("--layers", type=int, help="fewer than the variant has, for a quick look")
+    parser.add_argument("--contenders", nargs="+", metavar="NAME", choices=CONTENDERS, default=CONTENDERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--verify", action="store_true", help="first compare the two models' logits")
+    parser.add_argument("--verify", action="store_true", help="first compare all models' logits")
+    parser.add_argument("--no-compile", action="store_true", help="leave the compile times out")
     parser.add_argument("--json", action="store_true", help="the result as JSON on stdout")
     args = parser.parse_args()
-    children = {peer: start(peer, args) for peer in PEERS}
-    try:
-        if args.verify and (difference := logit_difference(children)) > (1e-4 if args.dtype == "float32" else 5e-2):
-            print(f"the models disagree: {difference:.1e} of the largest logit", file=sys.stderr)
-            return 1
-        play(children, order=PEERS)  # warms up
-        rounds = []
-        for i in range(args.rounds):
-            rounds.append(play(children, PEERS if i % 2 else PEERS[::-1]))
-            print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
-        medians = {name: median(r[name] for r in rounds) for name in rounds[0]}
-        print(json.dumps({"rounds": rounds, "medians": medians}, indent=1) if args.json else render(medians))
-    finally:
-        for child in children.values():
-            child.stdin.close()
-            child.wait()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = shortened(args.spec, args.variant, args.layers, folder)
+        packages = {backend: qwenspec.emit(spec, backend, folder) for backend in ("triton", "tvm")}
+        seconds = race(packages, folder / "checkpoint", args)
+        compiled = {} if args.no_compile else compile_times(args, folder)
+    if args.json:
+        print(json.dumps({"rounds": seconds, "compile": compiled}, indent=1))
+    else:
+        print(render({name: median(r[name] for r in seconds) for name in seconds[0]}, args.contenders))
+        for layers, (whole, compile_alone) in compiled.items():
+            print(f"tvm, {layers} layers: compiled in {compile_alone:.1f} s; {whole:.1f} s with start and linking")
     return 0
 
 
-def start(peer: str, args: argparse.Namespace) -> Any:
+def shortened(spec: str, variant: str, layers: int | None, folder: Path) -> Spec:
+    """The variant, with fewer layers if asked."""
+    if layers is None:
+        return qwenspec.load(spec, variant=variant)
+    file = folder / f"layers-{layers}.yaml"
+    file.write_text(
+        f"schema_version: 1\nfamily: {variant}-{layers}-layers\nextends: {Path(spec).resolve()}#{variant}\n"
+        f"architecture: {{num_hidden_layers: {layers}}}\n"
+    )
+    return qwenspec.load(file)
+
+
+# ---------------------------------------------------------------------------------------------- the contenders
+
+
+def race(packages: dict[str, Path], checkpoint: Path, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Of each round, the seconds of every piece of work, of each contender and of the machine at its limit."""
+    limits = start("limits", packages["triton"], checkpoint, args.threads)
+    ask(limits, "checkpoint")
+    peers = {
+        name: start(name, packages["tvm" if name.startswith("tvm") else "triton"], checkpoint, args.threads)
+        for name in args.contenders
+    }
+    try:
+        if args.verify:
+            verify(peers)
+        play(peers, limits)  # warms up
+        rounds = []
+        for i in range(args.rounds):
+            order = list(peers)[:: 1 if i % 2 else -1]
+            rounds.append(play({name: peers[name] for name in order}, limits))
+            print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
+    finally:
+        for peer in (*peers.values(), limits):
+            peer.stdin.close()
+            peer.wait()
+    return rounds
+
+
+def start(name: str, package: Path, checkpoint: Path, threads: int) -> Any:
     """A contender in a new process, to be driven line by line."""
-    command = [sys.executable, str(HERE / "cpu_peer.py"), peer, str(args.package), args.dtype, str(args.layers or 0)]
+    command = [sys.executable, str(ROOT / "benchmarks" / "cpu_peer.py"), name, str(package), str(checkpoint)]
     # Barriers that spin are slow beyond measure when a neighbour takes a core.
-    environment = os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(args.threads)}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+    environment = {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(threads), "TVM_NUM_THREADS": str(threads)}
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+    )
 
 
-def ask(child: Any, question: str) -> Any:
-    child.stdin.write(question + "\n")
-    child.stdin.flush()
-    if not (answer := child.stdout.readline()):
+def ask(peer: Any, question: str) -> Any:
+    peer.stdin.write(question + "\n")
+    peer.stdin.flush()
+    if not (answer := peer.stdout.readline()):
         raise SystemExit(f"a contender died at: {question}")
     return json.loads(answer)
 
 
-def play(children: dict[str, Any], order: Sequence[str]) -> dict[str, float]:
-    """One round: seconds of every piece of work, of each contender and of the machine at its limit."""
+def play(peers: dict[str, Any], limits: Any) -> dict[str, float]:
+    """One round."""
     seconds = {}
     for work in WORKS:
-        for peer in order:
-            seconds[f"{work}, {peer}"] = ask(children[peer], work)
-        seconds[f"{work}, limit"] = ask(children[PEERS[0]], f"limit {work}")
+        for name, peer in peers.items():
+            seconds[f"{work}, {name}"] = ask(peer, work)
+        seconds[f"{work}, limit"] = ask(limits, work)
     return seconds
 
 
-def logit_difference(children: dict[str, Any]) -> float:
-    """Largest difference, relative to the largest logit, over some decoded tokens."""
-    ours, theirs = (ask(child, "logits") for child in children.values())
-    pairs = [(a, b) for row, other in zip(ours, theirs, strict=True) for a, b in zip(row, other, strict=True)]
-    return max(abs(a - b) for a, b in pairs) / max(abs(b) for _, b in pairs)
+def verify(peers: dict[str, Any]) -> None:
+    """Exits unless all decode the same tokens' logits as the first contender, but for rounding."""
+    logits = {name: ask(peer, "logits") for name, peer in peers.items()}
+    first, expected = next(iter(logits.items()))
+    largest = max(abs(value) for row in expected for value in row)
+    for name, rows in logits.items():
+        pairs = ((a, b) for row, other in zip(rows, expected, strict=True) for a, b in zip(row, other, strict=True))
+        difference = max(abs(a - b) for a, b in pairs) / largest
+        print(f"{name}: {difference:.1e} of the largest logit from {first}", file=sys.stderr)
+        if difference > TOLERANCES[name.removeprefix("tvm").strip() if name.startswith("tvm") else ""]:
+            raise SystemExit("the models disagree")
 
 
-def render(medians: dict[str, float]) -> str:
-    lines = [f"{'median':<14}{'ours':>12}{'Hugging Face':>15}{'faster by':>12}{'share of limit':>17}   (tokens/s)"]
+def compile_times(args: argparse.Namespace, folder: Path) -> dict[int, tuple[float, float]]:
+    """Layers -> seconds of `python -m PACKAGE.build` in a new process: all of it, and what it says of compiling."""
+    found = {}
+    for layers in dict.fromkeys((4, args.layers)):
+        spec = shortened(args.spec, args.variant, layers, folder)
+        package = qwenspec.emit(spec, "tvm", folder / "compile")
+        command = [sys.executable, "-m", f"{package.name}.build", "--dtype", "float32", "-o", f"{package}.so"]
+        begin = time.perf_counter()
+        done = subprocess.run(command, cwd=package.parent, check=True, capture_output=True, text=True)
+        whole = time.perf_counter() - begin
+        compile_alone = float(done.stdout.split("compiled in ")[1].split()[0])
+        found[spec.architecture.num_hidden_layers] = whole, compile_alone
+    return found
+
+
+def render(medians: dict[str, float], contenders: list[str]) -> str:
+    """Tokens a second; how often Hugging Face's rate, where it runs; the share of the limit in float32."""
+    lines = []
     for work in WORKS:
         tokens = 1 if work == "decode" else int(work.split()[1])
-        ours, theirs, limit = (medians[f"{work}, {name}"] for name in (*PEERS, "limit"))
-        rates = f"{work:<14}{tokens / ours:>12.2f}{tokens / theirs:>15.2f}"
-        lines.append(f"{rates}{theirs / ours:>11.2f}x{limit / ours:>17.0%}")
+        limit = medians[f"{work}, limit"]
+        lines.append(f"{work}: the machine's limit in float32 is {tokens / limit:.2f} tokens/s")
+        for name in contenders:
+            ours = medians[f"{work}, {name}"]
+            line = f"  {name:<14}{tokens / ours:>9.2f} tokens/s{limit / ours:>8.0%} of the limit"
+            for other in ("hugging face", "triton", "tvm"):
+                if other in contenders and other != name:
+                    line += f"{medians[f'{work}, {other}'] / ours:>8.2f} x {other}"
+            lines.append(line)
     return "\n".join(lines)
 
 

@@ -6,37 +6,31 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks import limits, packages
 
 CONTEXT = 128  # tokens before the first decoded one
 STEPS = 8  # decoded in one measurement
 PROMPTS = (128, 512)
+READ = 1 << 28  # bytes read to measure bandwidth
 
 
-def main(peer: str, folder: str, dtype: str, layers: str) -> None:
-    torch.set_grad_enabled(False)
-    package = packages.open_package(Path(folder))
-    config = package.Config()
-    config = replace(config, num_hidden_layers=int(layers)) if int(layers) else config
-    model = packages.random_model(package, config, getattr(torch, dtype), torch.device("cpu"))
-    contender = Ours(model) if peer == "ours" else HuggingFace(packages.hugging_face(package, model))
-    answers: dict[str, Callable[[], Any]] = {
-        "logits": lambda: [row[::97].tolist() for row in contender.steps()],
-        "decode": lambda: timed(contender.steps) / STEPS,
-        "limit decode": lambda: read_seconds(model),
-    }
-    for n in PROMPTS:
-        answers[f"prefill {n}"] = lambda n=n: contender.prefill_seconds(n)
-        answers[f"limit prefill {n}"] = lambda n=n: multiply_seconds(model, n)
+def main(name: str, package: str, checkpoint: str) -> None:
+    folder, weights = Path(package), Path(checkpoint)
+    if name == "limits":
+        answers = Limits(folder, weights).answers()
+    else:
+        contender = HuggingFace(folder, weights) if name == "hugging face" else Package(name, folder, weights)
+        answers = {
+            "logits": lambda: [row[::97].tolist() for row in contender.steps()],
+            "decode": lambda: timed(contender.steps) / STEPS,
+            **{f"prefill {n}": partial(contender.prefill_seconds, n) for n in PROMPTS},
+        }
     for line in sys.stdin:
         print(json.dumps(answers[line.strip()]()), flush=True)
 
@@ -47,34 +41,34 @@ def timed(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def prompt(tokens: int, vocab_size: int) -> Tensor:
-    """Token ids [tokens]."""
-    return torch.arange(tokens) * 7919 % vocab_size
+def prompt(tokens: int, vocab_size: int) -> np.ndarray:
+    """Token ids int32 [tokens]."""
+    return np.arange(tokens, dtype=np.int32) * 7919 % vocab_size
 
 
-def read_seconds(model: Any) -> float:
-    """Seconds to read the weights of a decode step once."""
-    return packages.parameter_bytes_read(model) / limits.bandwidth(model.device, 1 << 28)
+class Package:
+    """A generated package. `name` is its backend, and a dtype behind it if that is not float32."""
 
+    def __init__(self, name: str, folder: Path, weights: Path) -> None:
+        backend, _, dtype = name.partition(" ")
+        sys.path.insert(0, str(folder.parent))
+        self.model = __import__(folder.name).Model.load(weights, "cpu", dtype or "float32")
+        if backend == "triton":
+            import torch
 
-def multiply_seconds(model: Any, tokens: int) -> float:
-    """Seconds of a prefill's arithmetic at the rate of a large matrix product."""
-    return packages.prefill_flops(model, tokens) / limits.matrix_rate(model.device, model.dtype, 1024)
-
-
-class Ours:
-    """The generated package."""
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.cache = model.create_paged_kv_cache(2, CONTEXT + STEPS + max(PROMPTS) + 32, max(PROMPTS))
+            self.ids: Callable[[np.ndarray], Any] = torch.from_numpy
+        else:
+            self.ids = lambda ids: ids
+        self.cache = self.model.create_paged_kv_cache(2, CONTEXT + STEPS + max(PROMPTS) + 32, max(PROMPTS))
         self.cache.add_sequence(0)
         self.prefill(0, CONTEXT)
 
-    def prefill(self, sequence: int, tokens: int) -> None:
+    def prefill(self, sequence: int, tokens: int) -> Any:
         self.cache.begin_forward([sequence], [tokens])
-        self.model.prefill(self.model.embed(prompt(tokens, self.model.config.vocab_size)), self.cache)
+        ids = self.ids(prompt(tokens, self.model.config.vocab_size))
+        logits = self.model.prefill(self.model.embed(ids), self.cache)
         self.cache.end_forward()
+        return logits
 
     def prefill_seconds(self, tokens: int) -> float:
         self.cache.add_sequence(1)
@@ -82,41 +76,82 @@ class Ours:
         self.cache.remove_sequence(1)
         return seconds
 
-    def steps(self) -> list[Tensor]:
+    def steps(self) -> list[np.ndarray]:
         """Logits [vocab] of each decoded token; the cache is as before."""
-        ids, rows = torch.zeros(1, dtype=torch.int64), []
-        for _ in range(STEPS):
+        rows = []
+        for i in range(STEPS):
             self.cache.begin_forward([0], [1])
-            rows.append(self.model.decode(self.model.embed(ids), self.cache)[0, 0])
+            embeds = self.model.embed(self.ids(np.array([i], dtype=np.int32)))
+            rows.append(self.model.decode(embeds, self.cache).numpy()[0, 0])
             self.cache.end_forward()
-            ids = rows[-1].argmax(-1, keepdim=True)
         self.cache.popn(0, STEPS)
         return rows
 
 
 class HuggingFace:
-    """Its sdpa attention and growing cache, with the last token's logits alone."""
+    """Its sdpa attention and growing cache, with the last token's logits alone, in float32."""
 
-    def __init__(self, hf: Any) -> None:
-        self.hf = hf
+    def __init__(self, folder: Path, weights: Path) -> None:
+        import torch
+
+        from benchmarks import packages
+
+        torch.set_grad_enabled(False)
+        package = packages.open_package(folder)
+        self.torch = torch
+        self.hf = packages.hugging_face(package, package.Model.load(weights, "cpu", "float32"))
         self.cache = self.prefill(CONTEXT)
 
-    @torch.inference_mode()
     def prefill(self, tokens: int) -> Any:
-        ids = prompt(tokens, self.hf.config.vocab_size)[None]
+        ids = self.torch.from_numpy(prompt(tokens, self.hf.config.vocab_size)).long()[None]
         return self.hf(ids, use_cache=True, logits_to_keep=1).past_key_values
 
     def prefill_seconds(self, tokens: int) -> float:
         return timed(lambda: self.prefill(tokens))
 
-    @torch.inference_mode()
-    def steps(self) -> list[Tensor]:
-        ids, rows = torch.zeros(1, 1, dtype=torch.int64), []
-        for _ in range(STEPS):
-            rows.append(self.hf(ids, past_key_values=self.cache, use_cache=True).logits[0, 0].float())
-            ids = rows[-1].argmax(-1).view(1, 1)
+    def steps(self) -> list[np.ndarray]:
+        """As Package.steps."""
+        rows = []
+        for i in range(STEPS):
+            ids = self.torch.tensor([[i]])
+            rows.append(self.hf(ids, past_key_values=self.cache, use_cache=True).logits[0, 0].numpy())
         self.cache.crop(-STEPS)
         return rows
+
+
+class Limits:
+    """What the machine can do in float32; it also writes the checkpoint that all contenders read."""
+
+    def __init__(self, folder: Path, weights: Path) -> None:
+        import torch
+
+        from benchmarks import limits, packages
+        from benchmarks.reader import reader
+
+        torch.set_grad_enabled(False)
+        self.limits, self.torch, self.cpu = limits, torch, torch.device("cpu")
+        self.read = reader(READ)
+        package = packages.open_package(folder)
+        model = packages.random_model(package, package.Config(), torch.bfloat16, self.cpu)
+        packages.save_checkpoint(package, model, weights)
+        self.bytes_read = packages.parameter_bytes_read(model) * 2  # of bfloat16, so twice in float32
+        self.flops = {n: packages.prefill_flops(model, n) for n in PROMPTS}
+
+    def answers(self) -> dict[str, Callable[[], Any]]:
+        return {
+            "checkpoint": lambda: "written",
+            "decode": self.read_seconds,
+            **{f"prefill {n}": partial(self.multiply_seconds, n) for n in PROMPTS},
+        }
+
+    def read_seconds(self) -> float:
+        """Seconds to read the weights of a decode step once, as fast as the best reader here."""
+        torch_rate = self.limits.bandwidth(self.cpu, READ)
+        return self.bytes_read / max(torch_rate, READ / self.limits.seconds(self.read, self.cpu))
+
+    def multiply_seconds(self, tokens: int) -> float:
+        """Seconds of a prefill's arithmetic at the rate of a large matrix product."""
+        return self.flops[tokens] / self.limits.matrix_rate(self.cpu, self.torch.float32, 1024)
 
 
 if __name__ == "__main__":

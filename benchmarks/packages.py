@@ -137,7 +137,7 @@ def state_dict(package: ModuleType, model: Any) -> dict[str, Tensor]:
     """Hugging Face's names for the rows of this model's parameters, as the package's MANIFEST.json has them."""
     manifest = json.loads((Path(package.__file__ or "").parent / "MANIFEST.json").read_text())
     manifest["num_layers"] = model.config.num_hidden_layers
-    read_manifest = importlib.import_module(f"{package.__name__}.weights").read_manifest
+    read_manifest = importlib.import_module(f"{package.__name__}.checkpoint").read_manifest
     state: dict[str, Tensor] = {}
     for entry in read_manifest(manifest):
         parameter = model.get_parameter(entry.name).data
@@ -154,6 +154,17 @@ def _hugging_face_names(name: str, tensor: Tensor) -> dict[str, Tensor]:
     if "{q,k,v}" not in name:
         return {name: tensor}
     return {name.replace("{q,k,v}", part): rows for part, rows in zip("qkv", tensor.chunk(3), strict=True)}
+
+
+def save_checkpoint(package: ModuleType, model: Any, folder: Path) -> None:
+    """The model's parameters as a checkpoint that the packages of all backends read."""
+    from safetensors.torch import save_file
+
+    state = state_dict(package, model)
+    if not hasattr(model, "lm_head"):
+        del state["lm_head.weight"]
+    folder.mkdir()
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
 
 
 def parameter_bytes_read(model: Any) -> int:

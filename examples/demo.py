@@ -1,14 +1,17 @@
-"""What qwenspec does, in a minute: a spec becomes a package, and the package computes what Hugging Face computes.
+"""What qwenspec does, in a minute: a spec becomes packages, and each computes what Hugging Face computes.
 
     python examples/demo.py
 
-Generates the package of Qwen3-0.6B to be read, then that of the small trained checkpoint beside this file. That one
-answers a question, alone and without qwenspec, and its logits are compared with Hugging Face's in float32. Exits 1
-if the answer is wrong or the logits differ by more than rounding.
+Generates Qwen3-0.6B's packages in Triton and in TVM, to be read, and those of the small trained checkpoint beside this
+file. Those answer a question, alone and without qwenspec, and their logits are compared with Hugging Face's and with
+each other's, in float32. Exits 1 if an answer is wrong or logits differ by more than rounding.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -16,33 +19,32 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "examples" / "tiny-qwen3"
 OUT = ROOT / "build" / "demo"
+BACKENDS = ("triton", "tvm")
 TOLERANCE = 1e-4  # of the largest logit: float32 rounding, summed in another order
 
 sys.path.insert(0, str(CHECKPOINT))
+os.environ.setdefault("QWENSPEC_CACHE", str(OUT / "libraries"))  # what TVM compiles stays in the repository
 
 
 def main() -> int:
     from tasks import DEMO
 
-    say("1/4  A spec becomes a package: specs/qwen3.yaml")
-    qwenspec("gen", "specs/qwen3.yaml", "--backend", "triton", "--out", "build/demo")
+    say("1/4  A spec becomes a package for each backend: specs/qwen3.yaml, Qwen3-0.6B")
+    generate("specs/qwen3.yaml")
 
     say("2/4  So does the spec of a small checkpoint that was trained on sums and sorting: examples/tiny-qwen3")
-    qwenspec("gen", "examples/tiny-qwen3/spec.yaml", "--backend", "triton", "--out", "build/demo")
+    generate("examples/tiny-qwen3/spec.yaml")
 
     say(f"3/4  The question: {DEMO.question!r}. The right answer: {DEMO.answer!r}")
-    print("the generated package:  ", end="", flush=True)
-    ours = answer_of_the_package(DEMO.question)
-    print(repr(ours))
-    print("Hugging Face:           ", end="", flush=True)
+    answers = [answer_of_the_package(f"tiny_qwen3_{backend}", DEMO.question) for backend in BACKENDS]
+    print("Hugging Face transformers", flush=True)
     ids, theirs, reference = hugging_face(DEMO.question)
-    print(repr(theirs))
+    print(f"  {theirs}")
 
-    say("4/4  The logits of every position of question and answer, in float32")
-    difference, scale = compare(ids, reference)
-    print(f"largest difference:     {difference:.3g}, where the largest logit is {scale:.3g}")
-    right, same = ours == theirs == DEMO.answer, difference <= TOLERANCE * scale
-    print(f"\nThe answer is {'right' if right else 'WRONG'}, and the function {'the same' if same else 'DIFFERENT'}.")
+    say(f"4/4  The logits of all {len(ids)} tokens of question and answer, in float32")
+    same = compare({backend: logits(backend, ids) for backend in BACKENDS} | {"Hugging Face": reference})
+    right = all(answer == DEMO.answer for answer in (*answers, theirs))
+    print(f"\nThe answers are {'right' if right else 'WRONG'}, and the functions {'the same' if same else 'DIFFERENT'}.")
     return 0 if right and same else 1
 
 
@@ -50,17 +52,28 @@ def say(text: str) -> None:
     print(f"\n--- {text}", flush=True)
 
 
-def qwenspec(*arguments: str) -> None:
-    print(f"$ qwenspec {' '.join(arguments)}", flush=True)
-    subprocess.run([sys.executable, "-m", "qwenspec", *arguments], cwd=ROOT, check=True)
+def generate(spec: str) -> None:
+    for backend in BACKENDS:
+        command = ["gen", spec, "--backend", backend, "--out", "build/demo"]
+        print(f"$ qwenspec {' '.join(command)}", flush=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "qwenspec", *command, "--json"], cwd=ROOT, check=True, stdout=subprocess.PIPE
+        )
+        (written,) = json.loads(done.stdout)
+        lines = written["lines"]
+        read = ", ".join(f"{file} {lines[file]}" for file in ("model.py", "layers.py"))
+        print(f"  {written['package']}: {len(lines)} files, {sum(lines.values())} lines ({read})")
 
 
-def answer_of_the_package(question: str) -> str:
-    """By `python -m tiny_qwen3_triton`, in the folder that holds the package and nothing else of ours."""
-    arguments = ["--weights", str(CHECKPOINT), "--prompt", question, "--chat", "--dtype", "float32"]
-    command = [sys.executable, "-m", "tiny_qwen3_triton", *arguments]
-    done = subprocess.run(command, cwd=OUT, check=True, stdout=subprocess.PIPE, text=True)
-    return done.stdout.strip()
+def answer_of_the_package(package: str, question: str) -> str:
+    """By `python -m <package>`, in the folder that holds packages and nothing else of ours."""
+    command = ["-m", package, "--chat", "--prompt", question, "--dtype", "float32", "--device", "cpu"]
+    print(f"$ python -m {package} --chat --prompt {question!r}", flush=True)
+    weights = ["--weights", str(CHECKPOINT)]
+    done = subprocess.run([sys.executable, *command, *weights], cwd=OUT, check=True, stdout=subprocess.PIPE, text=True)
+    answer = done.stdout.strip()
+    print(f"  {answer}", flush=True)
+    return answer
 
 
 def hugging_face(question: str):
@@ -81,19 +94,31 @@ def hugging_face(question: str):
     return ids[0].numpy(), text.strip(), logits.numpy()
 
 
-def compare(ids, reference) -> tuple[float, float]:
-    """Largest absolute difference of the package's logits from the reference, and the reference's largest logit."""
+def logits(backend: str, ids):
+    """A package's logits of every token: ids [n] -> [n, vocab]."""
     import numpy as np
 
     from qwenspec import open_runner
 
-    runner = open_runner(OUT / "tiny_qwen3_triton", CHECKPOINT, device="cpu", dtype="float32")
+    runner = open_runner(OUT / f"tiny_qwen3_{backend}", CHECKPOINT, device="cpu", dtype="float32")
     cache = runner.create_paged_kv_cache(1, len(ids), len(ids))
     cache.add_sequence(0)
     cache.begin_forward([0], [len(ids)])
-    logits = runner.batch_verify(runner.embed(ids.astype(np.int32)), cache)[0]
+    found = runner.batch_verify(runner.embed(ids.astype(np.int32)), cache)[0]
     cache.end_forward()
-    return float(np.abs(logits - reference).max()), float(np.abs(reference).max())
+    return found
+
+
+def compare(found) -> bool:
+    """Prints the largest difference of each pair; whether all are small."""
+    scale = max(abs(logits).max() for logits in found.values())
+    differences = {
+        f"{one} and {other}": abs(found[one] - found[other]).max() for one, other in itertools.combinations(found, 2)
+    }
+    print(f"{'largest logit':24}  {scale:.4g}")
+    for pair, difference in differences.items():
+        print(f"{pair:24}  differ by at most {difference:.2g}")
+    return bool(max(differences.values()) <= TOLERANCE * scale)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +12,7 @@ import torch
 from torch import Tensor
 
 from qwenspec.backend.api import Cache
+from qwenspec.backend.load import import_package
 from qwenspec.diagnostics import Diagnostic, SpecError
 
 if TYPE_CHECKING:
@@ -85,23 +83,6 @@ class TritonRunner:
 
     def _embeds(self, embeds: Floats) -> Tensor:
         return torch.as_tensor(embeds, device=self.model.device).to(self.model.dtype)
-
-
-def import_package(folder: Path) -> ModuleType:
-    """Import a package from its folder, anew, under a name that no other package has."""
-    folder = folder.resolve()
-    name = f"_qwenspec_{folder.name}_{abs(hash(str(folder))):x}"
-    for loaded in [m for m in sys.modules if m == name or m.startswith(f"{name}.")]:
-        del sys.modules[loaded]
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def _numpy(tensor: Tensor) -> Floats:

@@ -28,15 +28,30 @@ class Cache(Protocol):
     def remove_sequence(self, seq_id: int) -> None: ...
 
     def fork_sequence(self, parent: int, child: int, at: int = -1) -> None:
-        """`child` starts with the first `at` tokens of `parent` (-1: all of them), sharing pages."""
+        """`child` starts with the first `at` tokens of `parent` (-1: all of them). Full pages are shared, and what is
+        left over is copied; raises when that needs a page and none is free."""
 
     def popn(self, seq_id: int, n: int) -> None:
-        """Forget the last n tokens."""
+        """Forget the last n tokens. A page that is shared and of which a part stays is copied, as by a fork."""
 
-    def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
-        """Make room for lengths[i] new tokens of seq_ids[i]; raises and changes nothing when pages run out."""
+    def begin_forward(
+        self, seq_ids: Sequence[int], lengths: Sequence[int], tree_parents: Sequence[int] | None = None
+    ) -> None:
+        """Make room for lengths[i] new tokens of seq_ids[i]; raises and changes nothing when pages run out.
+
+        `tree_parents`: the new tokens of each sequence are a tree, at most 256 of them. For each token, the number of
+        its parent among its sequence's new tokens, smaller than its own, or -1 if it follows the sequence. A token's
+        position is the sequence's length plus its depth, and it sees the sequence, its ancestors and itself. Dynamic
+        RoPE takes each path as if it had been decoded token by token. `batch_verify` computes the logits, and
+        `commit_tree` must follow before the next forward."""
 
     def end_forward(self) -> None: ...
+
+    def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
+        """After a forward with trees: of seq_ids[i], keep new token leaves[i] and its ancestors, or none for -1.
+
+        Names each sequence of that forward once, in any order, but for those that have been removed since. The pages
+        of removed ones are free when the others are committed, or removed too."""
 
 
 class Runner(Protocol):

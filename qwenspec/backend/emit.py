@@ -93,8 +93,9 @@ def dump_manifest(manifest: Mapping[str, object]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
-def environment(templates: Path) -> jinja2.Environment:
-    """Templates give shape and Python holds logic: an undefined name is an error."""
+def environment(*templates: Path) -> jinja2.Environment:
+    """Templates of the folders, the first that has a name. They give shape and Python holds logic: an undefined name
+    is an error."""
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates),
         undefined=jinja2.StrictUndefined,

@@ -9,7 +9,7 @@ from textwrap import dedent
 
 import pytest
 
-from qwenspec_triton.fold import declared_flags, fold
+from qwenspec.backend.fold import declared_flags, fold
 
 KERNELS = Path(__file__).parent / "kernels"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from backends.cache_machine import CacheMachine
 from hf_parity.oracle import tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec_triton.runner import import_package
@@ -32,116 +32,31 @@ def new_cache(module: ModuleType, pages: int = 7, page_size: int = 4, **options:
 
 def state(cache) -> object:
     """Everything that a failed call must leave alone."""
-    return copy.deepcopy((cache._sequences, sorted(cache._free), +cache._users, cache.pages.nan_to_num(-1).tolist()))
+    kept = {name: value for name, value in vars(cache.sequences).items() if name not in ("_free", "_users")}
+    pages = cache.pages.nan_to_num(-1).tolist()
+    return copy.deepcopy((kept, sorted(cache.sequences._free), +cache.sequences._users, pages))
 
 
-class CacheMachine(RuleBasedStateMachine):
-    """Each token is written into its slot as a number, and must be found again through the block tables."""
+class Machine(CacheMachine):
+    """Written into the slots that a batch names, found through the pages of the sequence."""
 
     module: ModuleType
 
-    @initialize(page_size=st.integers(1, 5), pages=st.integers(3, 9))
-    def start(self, page_size: int, pages: int) -> None:
-        self.cache = new_cache(self.module, pages, page_size)
-        self.cache.pages.fill_(torch.nan)
-        self.tokens: dict[int, list[int]] = {}
-        self.next_token = 0
+    def new_cache(self, pages: int, page_size: int) -> Any:
+        cache = new_cache(self.module, pages, page_size)
+        cache.pages.fill_(torch.nan)
+        return cache
 
-    @rule(seq=st.integers(0, 5))
-    def add(self, seq: int) -> None:
-        if seq in self.tokens or len(self.tokens) == 4:
-            before = state(self.cache)
-            with pytest.raises(ValueError, match=r"exists already|max_batch_size"):
-                self.cache.add_sequence(seq)
-            assert state(self.cache) == before
-        else:
-            self.cache.add_sequence(seq)
-            self.tokens[seq] = []
+    def write(self, numbers: list[int]) -> None:
+        new = torch.tensor(numbers, dtype=torch.float32)[:, None, None]
+        self.cache.pages.flatten(2, 3)[:, :, self.cache.open_batch(len(numbers)).slots] = new
 
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
-    def forward(self, data: st.DataObject) -> None:
-        order = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, unique=True))
-        lengths = [data.draw(st.integers(1, 16 // len(order))) for _ in order]
-        before = state(self.cache)
-        try:
-            self.cache.begin_forward(order, lengths)
-        except self.module.OutOfPages:
-            assert state(self.cache) == before
-            assert self.pages_needed(order, lengths) > len(self.cache._free)
-            return
-        batch = self.cache.batch
-        new = list(range(self.next_token, self.next_token + sum(lengths)))
-        self.next_token += len(new)
-        self.cache.pages.flatten(2, 3)[:, :, batch.slots] = torch.tensor(new, dtype=torch.float32)[:, None, None]
-        starts = batch.q_starts.tolist()
-        for row, seq in enumerate(order):
-            self.tokens[seq] += new[starts[row] : starts[row + 1]]
-            assert batch.kv_lens[row] == len(self.tokens[seq])
-            length = len(self.tokens[seq])
-            assert batch.positions[starts[row] : starts[row + 1]].tolist() == list(range(length - lengths[row], length))
-            table = batch.block_tables[row]
-            found = self.cache.pages[0, 0, table].flatten(0, 1)[:length, 0, 0]
-            assert found.tolist() == self.tokens[seq]
-        self.cache.end_forward()
+    def read(self, seq: int) -> list[float]:
+        pages = self.cache.sequences._sequences[seq].pages
+        return self.cache.pages[1, 1][pages].flatten(0, 1)[: self.cache.length(seq), -1, -1].tolist()
 
-    def pages_needed(self, order: list[int], lengths: list[int]) -> int:
-        """How many pages there would be more, from first principles: pages are shared until written to."""
-        sequences, size = self.cache._sequences, self.cache.page_size
-        holders: dict[int, int] = {}
-        for sequence in sequences.values():
-            for page in sequence.pages:
-                holders[page] = holders.get(page, 0) + 1
-        needed = 0
-        for seq, n in zip(order, lengths, strict=True):
-            sequence = sequences[seq]
-            needed += -(-(sequence.length + n) // size) - len(sequence.pages)
-            if sequence.length % size and holders[sequence.pages[-1]] > 1:
-                holders[sequence.pages[-1]] -= 1
-                needed += 1
-        return needed
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data(), child=st.integers(0, 5))
-    def fork(self, data: st.DataObject, child: int) -> None:
-        parent = data.draw(st.sampled_from(sorted(self.tokens)))
-        at = data.draw(st.integers(-1, len(self.tokens[parent])))
-        if child in self.tokens or len(self.tokens) == 4:
-            with pytest.raises(ValueError, match=r"exists already|max_batch_size"):
-                self.cache.fork_sequence(parent, child, at)
-            return
-        self.cache.fork_sequence(parent, child, at)
-        self.tokens[child] = self.tokens[parent][: at if at >= 0 else None]
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
-    def popn(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.tokens)))
-        n = data.draw(st.integers(0, len(self.tokens[seq])))
-        self.cache.popn(seq, n)
-        self.tokens[seq] = self.tokens[seq][: len(self.tokens[seq]) - n]
-
-    @precondition(lambda self: self.tokens)
-    @rule(data=st.data())
-    def remove(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.tokens)))
-        self.cache.remove_sequence(seq)
-        del self.tokens[seq]
-
-    @invariant()
-    def nothing_is_lost(self) -> None:
-        """Every token is still where its sequence looks for it, and every page is either free or held."""
-        if not hasattr(self, "cache"):
-            return
-        held = set()
-        for seq, tokens in self.tokens.items():
-            sequence = self.cache._sequences[seq]
-            held |= set(sequence.pages)
-            rows = self.cache.pages[1, 1][sequence.pages].flatten(0, 1)[: len(tokens), -1, -1]
-            assert rows.tolist() == tokens
-            assert len(sequence.pages) == -(-len(tokens) // self.cache.page_size)
-        assert held.isdisjoint(self.cache._free)
-        assert len(held) + self.cache.free_pages == self.cache.pages.shape[2]
+    def state(self) -> object:
+        return state(self.cache)
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +65,9 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
 
 
 def test_cache_behaves_as_lists_of_tokens(plain: ModuleType) -> None:
-    CacheMachine.module = plain
-    CacheMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
-    CacheMachine.TestCase("runTest").runTest()
+    Machine.module, Machine.out_of_pages = plain, plain.OutOfPages
+    Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    Machine.TestCase("runTest").runTest()
 
 
 def test_wrong_calls_say_what_is_wrong(plain: ModuleType) -> None:
@@ -173,8 +88,37 @@ def test_wrong_calls_say_what_is_wrong(plain: ModuleType) -> None:
     cache.begin_forward([3], [2])
     with pytest.raises(ValueError, match="3 tokens are given, and begin_forward made room for 2"):
         cache.open_batch(3)
+    with pytest.raises(RuntimeError, match="sequence 3 is part of the open forward: call end_forward first"):
+        cache.fork_sequence(3, 4)
+    cache.end_forward()
     with pytest.raises(ValueError, match="cannot fork sequence 3 at 5: it has 2"):
         cache.fork_sequence(3, 4, 5)
+
+
+def test_a_tree_is_described_by_its_subtrees(plain: ModuleType) -> None:
+    """0       4     and a chain of two
+    1 2       5
+      3
+    """
+    cache = new_cache(plain)
+    for sequence in (0, 1):
+        cache.add_sequence(sequence)
+    cache.begin_forward([0, 1], [3, 1])
+    assert cache.batch.tree is None
+    cache.end_forward()
+    cache.begin_forward([0, 1], [6, 2], [-1, 0, 0, 2, -1, 4, -1, 0])
+    assert cache.batch.positions.tolist() == [3, 4, 4, 5, 3, 4, 1, 2]
+    assert cache.batch.tree.tolist() == [
+        [0, 0, 4], [1, 1, 2], [1, 2, 4], [2, 3, 4], [0, 4, 6], [1, 5, 6], [0, 0, 2], [1, 1, 2]
+    ]  # fmt: skip
+    cache.end_forward()
+    cache.commit_tree([1, 0], [0, 3])
+    assert (cache.length(0), cache.length(1)) == (6, 2)
+    cache.begin_forward([0, 1], [2, 1], [-1, 0, -1])
+    assert cache.batch.tree is None  # chains need no mask
+    cache.end_forward()
+    cache.commit_tree([0, 1], [-1, 0])
+    assert (cache.length(0), cache.length(1)) == (6, 3)
 
 
 def test_pages_behind_every_window_are_given_back(tmp_path: Path) -> None:
@@ -192,7 +136,7 @@ def test_pages_behind_every_window_are_given_back(tmp_path: Path) -> None:
         cache.fork_sequence(0, 1, 8)
     before = state(cache)
     cache.add_sequence(1)
-    with pytest.raises(Exception, match="pages of 4 tokens are needed"):
+    with pytest.raises(Exception, match="4 more of 3 pages of 4 tokens needed, 1 free"):
         cache.begin_forward([0, 1], [8, 8])
     cache.remove_sequence(1)
     assert state(cache) == before  # what it could have given back is still there
@@ -205,8 +149,8 @@ def test_sliding_support_is_refused_where_a_layer_sees_everything(plain: ModuleT
         new_cache(plain, support_sliding_window=True)
 
 
-def rows(cache, seq: int, n: int) -> torch.Tensor:
-    cache.begin_forward([seq], [n])
+def rows(cache, seq: int, n: int, tree_parents: list[int] | None = None) -> torch.Tensor:
+    cache.begin_forward([seq], [n], tree_parents)
     frequencies = cache.batch.inv_freq
     cache.end_forward()
     assert len(frequencies) == n
@@ -220,6 +164,13 @@ def test_dynamic_frequencies_follow_the_length(tmp_path: Path) -> None:
     assert torch.equal(rows(cache, 0, 8)[0], rows(cache, 0, 8)[0]) is False  # 8 tokens, then 16
     assert torch.equal(rows(cache, 1, 4)[0], rows(cache, 1, 8)[3])  # a prompt of 12, in two chunks
     assert not torch.equal(rows(cache, 1, 1)[0], rows(cache, 1, 1)[0])  # 13, 14
+    cache.add_sequence(2)
+    rows(cache, 2, 10)
+    tree = rows(cache, 2, 4, [-1, 0, 1, -1])
+    cache.commit_tree([2], [-1])
+    for n, row in enumerate([0, 1, 2]):  # as decoded one by one
+        assert torch.equal(rows(cache, 2, 1)[0], tree[row]), n
+    assert torch.equal(tree[3], tree[0])
 
 
 def test_qwen1_frequencies_are_frozen_at_the_prompt(tmp_path: Path) -> None:
@@ -234,3 +185,5 @@ def test_qwen1_frequencies_are_frozen_at_the_prompt(tmp_path: Path) -> None:
     assert torch.equal(rows(cache, 2, 1)[0], longer)
     cache.popn(2, 4)
     assert torch.equal(rows(cache, 2, 4)[0], first)  # an empty sequence chooses anew
+    cache.popn(2, 4)
+    assert torch.equal(rows(cache, 2, 9, [*range(-1, 6), 6, 6])[0], first)  # by the longest path, of 8

@@ -141,5 +141,5 @@ def test_peak_memory_is_little_more_than_the_model(tmp_path: Path) -> None:
 def test_manifest_names_every_tensor_of_the_checkpoint(oracle: Oracle, package: Path) -> None:
     module = import_package(package)
     manifest = json.loads((package / "MANIFEST.json").read_text())
-    named = [tensor for p in module.weights.read_manifest(manifest) for tensor, _ in p.sources]
+    named = [tensor for p in module.checkpoint.read_manifest(manifest) for tensor, _ in p.sources]
     assert sorted(named) == sorted(oracle.state)

@@ -106,6 +106,21 @@ DERIVED: dict[str, list[Change]] = {
 CASES = NATIVE | DERIVED
 
 
+# Weights from the full rotary embedding's Hugging Face model, logits from the reference.
+PARTIAL_ROTARY: dict[str, list[Change]] = {
+    f"{name}-rotary-{partial}": [change, {"rope": {"partial_rotary_factor": partial}}]
+    for name, change in (("qwen2", QWEN2), ("qwen3", QWEN3), ("yarn", SCALINGS["yarn"]))
+    for partial in (0.25, 0.5)
+}
+
+
+def changes(case: str) -> list[Change]:
+    """Of one of CASES or PARTIAL_ROTARY; `random-7` is the combination of that seed."""
+    if case.startswith("random-"):
+        return random_case(int(case.removeprefix("random-")))
+    return (CASES | PARTIAL_ROTARY)[case]
+
+
 def random_case(seed: int) -> list[Change]:
     """One value of every feature at once."""
     draw = random.Random(seed)

@@ -1,18 +1,16 @@
-"""Generated Triton packages, on CPU, against Hugging Face: all positions, however the tokens are fed."""
+"""Generated packages, on CPU, against Hugging Face: all positions, however the tokens are fed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import qwenspec
-from hf_parity.cases import CASES, LENGTH, SCALINGS, Change
+from hf_parity.cases import CASES, LENGTH, PARTIAL_ROTARY
 from hf_parity.conftest import Open
-from hf_parity.oracle import QWEN2, QWEN3, Oracle, some_ids, tiny_spec
+from hf_parity.oracle import Oracle, some_ids, tiny_spec
 from qwenspec.backend.api import Cache, Runner
 from qwenspec.verify.reference import Reference
 
@@ -111,6 +109,7 @@ def test_decode(case: str, open_case: Open) -> None:
         alone.end_forward()
 
 
+@pytest.mark.parametrize("backend", ["triton"], indirect=True)
 @pytest.mark.parametrize("steps", [CHUNKED, MIXED], ids=["chunked", "mixed"])
 def test_pages_behind_every_window_are_given_back(steps: list[Step], open_case: Open) -> None:
     oracle, runner = open_case("qwen2-sliding-all")
@@ -118,6 +117,21 @@ def test_pages_behind_every_window_are_given_back(steps: list[Step], open_case: 
     found = feed(runner, new_cache(runner, support_sliding_window=True), ids, steps)
     for actual, i in zip(found, ids, strict=True):
         assert_close(actual, oracle.logits(i))
+
+
+@pytest.mark.parametrize("case", ["qwen3", "qwen3-sliding-some"])
+def test_pages_that_some_layer_needs_are_not_promised_back(case: str, open_case: Open) -> None:
+    assert_keeps_pages(open_case(case)[1])
+
+
+@pytest.mark.parametrize("backend", ["tvm"], indirect=True)
+def test_a_cache_that_keeps_all_pages_promises_none(open_case: Open) -> None:
+    assert_keeps_pages(open_case("qwen2-sliding-all")[1])
+
+
+def assert_keeps_pages(runner: Runner) -> None:
+    with pytest.raises(ValueError, match="support_sliding_window"):
+        new_cache(runner, support_sliding_window=True)
 
 
 @pytest.mark.parametrize("n", [7, 8, 9])
@@ -199,15 +213,11 @@ def test_every_module_agrees_with_the_reference(case: str, open_case: Open) -> N
         assert_close(actual[address], expected[address].reshape(LENGTH, -1))
 
 
-@pytest.mark.parametrize("partial", [0.25, 0.5])
-@pytest.mark.parametrize("change", [QWEN2, QWEN3, SCALINGS["yarn"]], ids=["qwen2", "qwen3", "yarn"])
-def test_partial_rotary(change: Change, partial: float, tmp_path: Path) -> None:
-    """Hugging Face's classes have no partial rotary: weights from their full one, logits from the reference."""
-    oracle = Oracle(tiny_spec(change))
-    spec = tiny_spec(change, {"rope": {"partial_rotary_factor": partial}})
-    package = qwenspec.emit(spec, backend="triton", out=tmp_path)
-    runner = qwenspec.open_runner(package, weights=oracle.save(tmp_path / "weights"), dtype="float32")
-    ids = [some_ids(spec, n) for n in LENGTHS]
+@pytest.mark.parametrize("case", PARTIAL_ROTARY)
+def test_partial_rotary(case: str, open_case: Open) -> None:
+    oracle, runner = open_case(case)
+    spec = tiny_spec(*PARTIAL_ROTARY[case])
+    ids = prompts(oracle)
     reference = Reference(spec, oracle.weights())
     for actual, tokens in zip(feed(runner, new_cache(runner), ids, MIXED), ids, strict=True):
         assert_close(actual, reference.logits(tokens))

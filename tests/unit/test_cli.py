@@ -54,20 +54,21 @@ def test_bad_usage_exits_2_and_leaves_stdout_alone(arguments: list[str]) -> None
 # ------------------------------------------------------------------------------------------------------------ gen
 
 
-def test_gen_writes_a_package_and_check_compares_it(spec: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["triton", "tvm"])
+def test_gen_writes_a_package_and_check_compares_it(backend: str, spec: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    written = call("gen", spec, "--backend", "triton", "--out", out)
-    package = out / "tiny_triton"
+    written = call("gen", spec, "--backend", backend, "--out", out)
+    package = out / f"tiny_{backend}"
     assert written.exit_code == 0
-    assert written.stdout.startswith(f"{package}  (tiny, triton)\n")
+    assert written.stdout.startswith(f"{package}  (tiny, {backend})\n")
     assert all(file.name in written.stdout for file in package.rglob("*.py"))
 
-    same = call("gen", spec, "--out", out, "--check")
+    same = call("gen", spec, "--backend", backend, "--out", out, "--check")
     assert (same.exit_code, same.stdout, same.stderr) == (0, "", "1 package up to date\n")
 
     edited = (package / "config.py").read_text().replace("= 32", "= 33")
     (package / "config.py").write_text(edited)
-    different = call("gen", spec, "--out", out, "--check")
+    different = call("gen", spec, "--backend", backend, "--out", out, "--check")
     assert different.exit_code == 1
     assert re.search(r"^-.*hidden_size.*= 33$", different.stdout, re.M)
     assert re.search(r"^\+.*hidden_size.*= 32$", different.stdout, re.M)
@@ -83,13 +84,15 @@ def test_a_variant_is_named_after_the_file_or_by_the_option(spec: Path, tmp_path
     assert written["lines"]["model.py"] > 20
 
 
-def test_gen_says_that_quantisation_cannot_be_executed_yet(spec: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["triton", "tvm"])
+def test_gen_says_that_quantisation_cannot_be_executed_yet(backend: str, spec: Path, tmp_path: Path) -> None:
+    options = ["--backend", backend, "--out", tmp_path / "out"]
     for arguments in ([f"{spec}#tiny-int8"], [spec, "--quantization", "int8"]):
-        result = call("gen", *arguments, "--out", tmp_path / "out")
+        result = call("gen", *arguments, *options)
         assert (result.exit_code, result.stdout) == (2, "")
-        assert "the triton backend cannot execute quantization 'int8' yet" in result.stderr
+        assert f"the {backend} backend cannot execute quantization 'int8' yet" in result.stderr
         assert not (tmp_path / "out").exists()
-    full = call("gen", f"{spec}#tiny-int8", "--quantization", "none", "--out", tmp_path / "out")
+    full = call("gen", f"{spec}#tiny-int8", "--quantization", "none", *options)
     assert full.exit_code == 0
 
 
@@ -291,11 +294,12 @@ def test_the_usual_context_is_no_longer_than_the_model(spec: Path) -> None:
     assert data(call("show", spec, "--json"))["flops_per_token"]["context"] == 128
 
 
-def test_backends_tells_what_is_installed() -> None:
-    (triton,) = [report for report in data(call("backends", "--json")) if report["name"] == "triton"]
-    assert triton["problem"] is None
-    assert "cpu" in triton["devices"]
-    assert triton["libraries"]["torch"]
+@pytest.mark.parametrize(("backend", "library"), [("triton", "torch"), ("tvm", "apache-tvm")])
+def test_backends_tells_what_is_installed(backend: str, library: str) -> None:
+    (report,) = [report for report in data(call("backends", "--json")) if report["name"] == backend]
+    assert report["problem"] is None
+    assert "cpu" in report["devices"]
+    assert report["libraries"][library]
 
 
 # -------------------------------------------------------------------------------------------- how a process ends
@@ -411,8 +415,9 @@ def test_completion_knows_commands_backends_and_variants() -> None:
         (0.5, ["--help"]),
         (2.0, ["validate", *sorted(map(str, (ROOT / "specs").glob("*.yaml")))]),
         (2.0, ["gen", QWEN3, "--out", "OUT"]),
+        (2.0, ["gen", QWEN3, "--backend", "tvm", "--out", "OUT"]),
     ],
-    ids=["help", "validate", "gen"],
+    ids=["help", "validate", "gen", "gen tvm"],
 )
 def test_process_time(limit: float, arguments: list[str], tmp_path: Path) -> None:
     """The limit doubled: CI's machines are shared. Processor time of the process and its children."""
@@ -428,7 +433,7 @@ def test_the_core_starts_without_a_tensor_library() -> None:
     code = (
         "import sys; from typer.testing import CliRunner; from qwenspec.cli import app;"
         f"assert CliRunner().invoke(app, ['show', {QWEN3!r}]).exit_code == 0;"
-        "print(sorted({'torch', 'triton', 'numpy', 'transformers', 'rich'} & sys.modules.keys()))"
+        "print(sorted({'torch', 'triton', 'tvm', 'numpy', 'transformers', 'rich'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

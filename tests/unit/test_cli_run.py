@@ -1,4 +1,4 @@
-"""`run` and `logits`: the generated package behind the command line."""
+"""`run` and `logits`: generated packages behind the command line."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from typer.testing import Result
 
 import qwenspec
 from qwenspec.commands import execute
+
+BACKENDS = ("triton", "tvm")
 
 
 @pytest.fixture(scope="module")
@@ -35,60 +37,91 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] in ("tiny_triton", "wide_triton")]:
+    ours = [f"{variant}_{backend}" for variant in ("tiny", "wide") for backend in BACKENDS]
+    for name in [name for name in sys.modules if name.split(".")[0] in ours]:
         del sys.modules[name]
 
 
-def run(folder: Path, *arguments: str) -> Result:
+def run(backend: str, folder: Path, *arguments: str) -> Result:
     forget()
-    return call("run", folder / "tiny.yaml", "--weights", folder / "weights", "--device", "cpu", *arguments)
+    options = ["--backend", backend, "--weights", folder / "weights", "--device", "cpu"]
+    return call("run", folder / "tiny.yaml", *options, *arguments)
 
 
-def test_run_prints_what_the_package_alone_prints(folder: Path, tmp_path: Path) -> None:
-    ours = run(folder, "--prompt", "CAB", "--max-tokens", "6")
-    assert (ours.exit_code, ours.stderr) == (0, "")
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_prints_what_the_package_alone_prints(backend: str, folder: Path, tmp_path: Path) -> None:
+    ours = run(backend, folder, "--prompt", "CAB", "--max-tokens", "6")
+    assert ours.exit_code == 0
     assert len(ours.stdout) > 3
-    package = qwenspec.emit(qwenspec.load(folder / "tiny.yaml"), "triton", tmp_path)
+    package = qwenspec.emit(qwenspec.load(folder / "tiny.yaml"), backend, tmp_path)
     arguments = ["--weights", str(folder / "weights"), "--prompt", "CAB", "--max-tokens", "6", "--device", "cpu"]
     alone = subprocess.run(
         [sys.executable, "-m", package.name, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert ours.stdout == alone.stdout
+    assert alone.stderr == ""  # what had to be compiled has been
 
 
-def test_run_takes_several_prompts_and_sampling(folder: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_takes_several_prompts_and_sampling(backend: str, folder: Path) -> None:
     sampling = ["--temperature", "0.9", "--top-k", "5", "--top-p", "0.8", "--seed", "3", "--max-tokens", "5"]
     prompts = ["--prompt", "C", "--prompt", "--D", "--chat"]
-    answers = data(run(folder, *prompts, *sampling, "--json"))
+    answers = data(run(backend, folder, *prompts, *sampling, "--json"))
     assert [entry["prompt"] for entry in answers] == ["C", "--D"]
     text = "".join(f"--- {entry['prompt']}\n{entry['text']}\n" for entry in answers)
-    assert run(folder, *prompts, *sampling).stdout == text
+    assert run(backend, folder, *prompts, *sampling).stdout == text
 
 
-def test_run_stops_at_the_token_that_is_named(folder: Path) -> None:
-    (free,) = data(run(folder, "--prompt", "CAB", "--max-tokens", "6", "--json"))
+def test_backends_choose_the_same_tokens(folder: Path) -> None:
+    options = ["--prompt", "CAB", "--prompt", "H", "--max-tokens", "20", "--json"]
+    first, *others = (data(run(backend, folder, *options)) for backend in BACKENDS)
+    assert all(other == first for other in others)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_run_stops_at_the_token_that_is_named(backend: str, folder: Path) -> None:
+    (free,) = data(run(backend, folder, "--prompt", "CAB", "--max-tokens", "6", "--json"))
     last = free["text"][-1]
-    stopped = run(folder, "--prompt", "CAB", "--max-tokens", "6", "--json", "--stop", last)
+    stopped = run(backend, folder, "--prompt", "CAB", "--max-tokens", "6", "--json", "--stop", last)
     assert data(stopped)[0]["text"] == free["text"][: free["text"].index(last)]
-    two = run(folder, "--prompt", "CAB", "--stop", "AB")
+    two = run(backend, folder, "--prompt", "CAB", "--stop", "AB")
     assert two.exit_code == 2
     assert "'AB' is 2 tokens, and should be one" in two.stderr
 
 
-def test_run_says_what_is_wrong_with_a_checkpoint(folder: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpoint_that_does_not_fit(backend: str, folder: Path) -> None:
+    """Said before anything is compiled."""
     wide = folder / "wide.yaml"
     wide.write_text(TINY.replace("tiny", "wide").replace("intermediate_size: 48", "intermediate_size: 64"))
-    other = call("run", wide, "--weights", folder / "weights", "--prompt", "C")
+    options = ["--backend", backend, "--weights", folder / "weights"]
+    other = call("run", wide, *options, "--prompt", "C")
     assert (other.exit_code, other.stdout) == (2, "")
     assert "model.layers.0.mlp.down_proj.weight" in other.stderr
+    assert "compiling" not in other.stderr
+    shown = call("logits", wide, *options, "--ids", "1")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert "error[checkpoint]" in shown.stderr
+    assert "model.layers.0.mlp.down_proj.weight" in shown.stderr
 
 
-def test_logits_are_those_of_the_runner(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_checkpoint_that_is_not_there(backend: str, folder: Path) -> None:
+    forget()
+    options = ["--backend", backend, "--weights", folder / "nowhere", "--device", "cpu"]
+    result = call("run", folder / "tiny.yaml", *options, "--prompt", "C")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "nowhere" in result.stderr
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_logits_are_those_of_the_runner(backend: str, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "logits.npy"
-    arguments = ["logits", folder / "tiny.yaml", "--weights", folder / "weights", "--ids", "3, 1,4"]
+    arguments = ["logits", folder / "tiny.yaml", "--backend", backend, "--weights", folder / "weights"]
+    arguments += ["--ids", "3, 1,4"]
     saved = call(*arguments, "-o", file)
     assert (saved.exit_code, saved.stdout) == (0, "")
-    assert saved.stderr == f"wrote {file}: float32 [3, 40]\n"
+    assert saved.stderr.endswith(f"wrote {file}: float32 [3, 40]\n")
     values = np.load(file)
     shown = data(call(*arguments, "--json"))
     assert [entry["id"] for entry in shown] == [3, 1, 4]
@@ -98,6 +131,7 @@ def test_logits_are_those_of_the_runner(folder: Path, tmp_path: Path) -> None:
     assert call(*arguments).stdout.splitlines()[3].split()[:2] == ["2", "4"]
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -107,23 +141,30 @@ def test_logits_are_those_of_the_runner(folder: Path, tmp_path: Path) -> None:
         (["--ids", "1", "--device", "toaster"], "cannot use the device `toaster` here"),
     ],
 )
-def test_logits_names_what_is_wrong(folder: Path, arguments: list[str], reason: str) -> None:
-    result = call("logits", folder / "tiny.yaml", "--weights", folder / "weights", *arguments)
+def test_logits_names_what_is_wrong(backend: str, folder: Path, arguments: list[str], reason: str) -> None:
+    options = ["--backend", backend, "--weights", folder / "weights"]
+    result = call("logits", folder / "tiny.yaml", *options, *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert reason in result.stderr
 
 
-def test_a_backend_that_cannot_run_here_exits_3(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_backend_that_cannot_run_here_exits_3(backend: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    result = call("logits", folder / "tiny.yaml", "--weights", folder / "weights", "--ids", "1")
+    options = ["--backend", backend, "--weights", folder / "weights"]
+    result = call("logits", folder / "tiny.yaml", *options, "--ids", "1")
     assert result.exit_code == 3
     assert "error[backend-missing]" in result.stderr
-    assert "pip install" in result.stderr
+    assert f"pip install 'qwenspec[{backend}]'" in result.stderr
 
 
-def test_a_library_that_only_text_needs_exits_3_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_library_that_only_text_needs_exits_3_too(
+    backend: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    result = call("run", folder / "tiny.yaml", "--weights", folder / "weights", "--prompt", "C")
+    options = ["--backend", backend, "--weights", folder / "weights"]
+    result = call("run", folder / "tiny.yaml", *options, "--prompt", "C")
     assert result.exit_code == 3
     assert "pip install 'qwenspec[run]'" in result.stderr
 

@@ -73,15 +73,16 @@ def test_python_examples_run(page: Path, checkout: Path, monkeypatch: pytest.Mon
             continue
         code = block.replace("specs/qwen3.yaml", "examples/tiny-qwen3/spec.yaml").replace("qwen3-0.6b", "tiny-qwen3")
         code = code.replace('weights="DIR"', 'weights="examples/tiny-qwen3"')
-        gen = [sys.executable, "-m", "qwenspec", "gen", "examples/tiny-qwen3/spec.yaml", "--out", "."]
-        subprocess.run(gen, cwd=checkout, check=True, capture_output=True)
+        for backend in ("triton", "tvm"):
+            gen = ["gen", "examples/tiny-qwen3/spec.yaml", "--backend", backend, "--out", "."]
+            subprocess.run([sys.executable, "-m", "qwenspec", *gen], cwd=checkout, check=True, capture_output=True)
         done = subprocess.run([sys.executable, "-c", code], cwd=checkout, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
 
 
 def test_excerpts_are_in_the_files() -> None:
     excerpts = re.findall(r"^From `([^`]+)`:\n\n```\w+\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(excerpts) == 2
+    assert len(excerpts) == 3
     for name, excerpt in excerpts:
         lines = (re.sub(r" +#.*", "", line).rstrip() for line in (ROOT / name).read_text().splitlines())
         for line in filter(None, map(str.rstrip, excerpt.splitlines())):

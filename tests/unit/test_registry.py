@@ -25,9 +25,10 @@ def entry_points(monkeypatch: pytest.MonkeyPatch):
     return install
 
 
-def test_the_triton_backend_is_installed() -> None:
-    assert "triton" in registry.installed()
-    assert registry.find("triton").name == "triton"
+@pytest.mark.parametrize("name", ["triton", "tvm"])
+def test_our_backends_are_installed(name: str) -> None:
+    assert name in registry.installed()
+    assert registry.find(name).name == name
 
 
 def test_a_slip_of_the_pen_is_bad_usage() -> None:

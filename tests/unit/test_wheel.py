@@ -40,11 +40,11 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_every_file_of_its_packages(wheel: Path) -> None:
     held = set(zipfile.ZipFile(wheel).namelist())
-    roots = {ROOT: ROOT / "qwenspec", ROOT / "backends": ROOT / "backends" / "qwenspec_triton"}
+    roots = [ROOT / "qwenspec", ROOT / "backends" / "qwenspec_triton", ROOT / "backends" / "qwenspec_tvm"]
     kinds = (".py", ".yaml", ".jinja", ".typed")
     wanted = {
-        str(file.relative_to(base))
-        for base, root in roots.items()
+        str(file.relative_to(root.parent))
+        for root in roots
         for file in root.rglob("*")
         if file.suffix in kinds and "__pycache__" not in file.parts
     }
@@ -78,8 +78,9 @@ def test_the_installed_command_works_outside_the_repository(wheel: Path, tmp_pat
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    packages = ["qwenspec", "qwenspec_triton", "qwenspec_tvm"]
     found = subprocess.run(
-        [python, "-c", "import qwenspec, qwenspec_triton; print(qwenspec.__file__, qwenspec_triton.__file__)"],
+        [python, "-c", f"import {', '.join(packages)}; print({', '.join(f'{p}.__file__' for p in packages)})"],
         cwd=away,
         capture_output=True,
         text=True,

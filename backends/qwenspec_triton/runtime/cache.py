@@ -1,13 +1,7 @@
-"""The paged KV cache: pages, block tables, sharing after a fork with copy on write, rollback.
-
-A page holds `page_size` consecutive tokens of one sequence, in every layer. Bookkeeping is plain Python on the
-host; the pages are one tensor on the device.
-"""
+"""The paged KV cache: pages on the device, block tables, sharing after a fork, rollback, token trees."""
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .sequences import CachedSequence, Forward, PageCopy, Sequences, Tree
+
 EVICTS = True  # flag: every layer slides, so pages behind the window can be given back
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
-FROZEN_ROPE = True  # flag: … and stay as the first forward chose them
-
-
-class OutOfPages(RuntimeError):
-    """The cache is full. It is left as it was: remove or shorten a sequence and call again."""
 
 
 @dataclass
@@ -34,24 +25,15 @@ class Batch:
     kv_lens: Tensor  # [b] tokens in the sequence after this forward
     q_starts: Tensor  # [b + 1] first new token of each sequence
     max_q_len: int  # most new tokens in one sequence
+    tree: Tensor | None = None  # [n, 3] where new tokens branch, as prefill_attention takes it
     if DYNAMIC_ROPE:
         inv_freq: Tensor = field(init=False)  # [n, rotary_dim / 2] float32, each token's rotary frequencies
 
 
-@dataclass
-class _Sequence:
-    length: int = 0
-    pages: list[int] = field(default_factory=list)
-    if DYNAMIC_ROPE:
-        prompt_length: int = 0  # as told to add_sequence, or 0
-    if FROZEN_ROPE:
-        rope_length: int = 0  # the length that chose the frequencies
-    if EVICTS:
-        evicted: int = 0  # leading pages given back, whose numbers are -1
-
-
 class PagedKVCache:
-    """Keys and values of many sequences, in pages of [layers, 2, pages, page_size, num_kv_heads, head_dim]."""
+    """Keys and values of many sequences, in pages of [layers, 2, pages, page_size, num_kv_heads, head_dim].
+
+    A call that cannot be done raises and leaves the cache as it was."""
 
     def __init__(
         self,
@@ -71,212 +53,105 @@ class PagedKVCache:
         """Room for max_batch_size sequences in ceil(max_total_seq_len / page_size) pages.
 
         One forward takes at most `prefill_chunk_size` tokens, or one token of each sequence."""
+        if EVICTS:
+            self.sequences = Sequences(max_batch_size, max_total_seq_len, prefill_chunk_size, page_size, evict_window)
+        else:
+            self.sequences = Sequences(max_batch_size, max_total_seq_len, prefill_chunk_size, page_size)
         self.page_size = page_size
-        self.max_batch_size = max_batch_size
-        self.max_tokens = max(prefill_chunk_size, max_batch_size)
-        num_pages = -(-max_total_seq_len // page_size)
         self.pages = torch.empty(
-            num_layers, 2, num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
+            num_layers, 2, self.sequences.num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
         )
         self.graphs = graphs  # captured decode steps over these pages
         self.batch: Batch | None = None
-        self._sequences: dict[int, _Sequence] = {}
-        # A heap: low pages go first, so that a lone sequence lies in one piece.
-        self._free = list(range(num_pages))
-        self._users: Counter[int] = Counter()  # sequences that hold a page
         if DYNAMIC_ROPE:
             self._inverse_frequencies = inverse_frequencies
-        if EVICTS:
-            self._evict_window = evict_window
 
     def add_sequence(self, seq_id: int, prompt_length: int | None = None) -> None:
         """Start an empty sequence.
 
         [DYNAMIC_ROPE] `prompt_length`: the whole prompt's length, when it will be prefilled in chunks; the rotary
         [DYNAMIC_ROPE] frequencies are then those of the prompt, however it is cut."""
-        self._check_new(seq_id)
-        if prompt_length is not None and prompt_length < 1:
-            raise ValueError(f"prompt_length is {prompt_length}; a prompt has a token at least")
-        sequence = _Sequence()
-        if DYNAMIC_ROPE:
-            sequence.prompt_length = prompt_length or 0
-        self._sequences[seq_id] = sequence
+        self.sequences.add(seq_id, prompt_length)
 
     def remove_sequence(self, seq_id: int) -> None:
-        """Forget a sequence and give its pages back."""
-        sequence = self._sequence(seq_id)
-        self._give_back(sequence.pages[sequence.evicted :] if EVICTS else sequence.pages)
-        del self._sequences[seq_id]
+        """Forget a sequence and give its pages back, after a forward with trees when the others are committed."""
+        self.sequences.remove(seq_id)
 
     def fork_sequence(self, parent: int, child: int, at: int = -1) -> None:
-        """`child` starts with the first `at` tokens of `parent` (-1: all), sharing its pages until one writes."""
-        source = self._sequence(parent)
-        self._check_new(child)
-        at = source.length if at < 0 else at
-        if at > source.length:
-            raise ValueError(f"cannot fork sequence {parent} at {at}: it has {source.length} tokens")
-        if EVICTS:
-            self._check_window(source, at)
-        pages = source.pages[: -(-at // self.page_size)]
-        self._users.update(pages[source.evicted :] if EVICTS else pages)
-        copy = _Sequence(at, pages)
-        if DYNAMIC_ROPE:
-            copy.prompt_length = source.prompt_length
-        if FROZEN_ROPE:
-            copy.rope_length = source.rope_length
-        if EVICTS:
-            copy.evicted = source.evicted
-        self._sequences[child] = copy
+        """`child` starts with the first `at` tokens of `parent` (-1: all).
+
+        They share full pages. What the child needs of a page's beginning is copied; raises OutOfPages."""
+        self._copy_page(self.sequences.fork(parent, child, at))
 
     def popn(self, seq_id: int, n: int) -> None:
-        """Forget the last n tokens."""
-        sequence = self._sequence(seq_id)
-        if not 0 <= n <= sequence.length:
-            raise ValueError(f"cannot remove {n} tokens of sequence {seq_id}: it has {sequence.length}")
-        if EVICTS:
-            self._check_window(sequence, sequence.length - n)
-        sequence.length -= n
-        kept = -(-sequence.length // self.page_size)
-        self._give_back(sequence.pages[kept:])
-        del sequence.pages[kept:]
+        """Forget the last n tokens.
 
-    def begin_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> None:
-        """Make room for lengths[i] new tokens of sequence seq_ids[i].
+        The beginning of a page that another sequence shares is copied; raises OutOfPages."""
+        self._copy_page(self.sequences.popn(seq_id, n))
 
-        Raises OutOfPages, and then nothing has changed."""
-        sequences = self._check_forward(seq_ids, lengths)
-        copies = self._pages_to_copy(sequences)
-        growth = [self._missing_pages(s, n) for s, n in zip(sequences, lengths, strict=True)]
-        needed, free = len(copies) + sum(growth), len(self._free)
-        if EVICTS:
-            free += self._evictable(sequences)
-        if needed > free:
-            raise OutOfPages(
-                f"{needed} pages of {self.page_size} tokens are needed and {free} of {self.pages.shape[2]} are free: "
-                "remove sequences, or raise max_total_seq_len"
-            )
-        if EVICTS:
-            for sequence in sequences:
-                self._evict(sequence)
-        for sequence in copies:
-            self._copy_last_page(sequence)
-        for sequence, pages, length in zip(sequences, growth, lengths, strict=True):
-            sequence.pages += [self._take_page() for _ in range(pages)]
-            sequence.length += length
-        self.batch = self._describe(sequences, lengths)
+    def begin_forward(
+        self, seq_ids: Sequence[int], lengths: Sequence[int], tree_parents: Sequence[int] | None = None
+    ) -> None:
+        """Make room for lengths[i] new tokens of sequence seq_ids[i]; raises OutOfPages.
+
+        `tree_parents`: the new tokens are trees. For each of them the number of its parent among its own sequence's
+        new tokens, which is smaller than its own, or -1 if it follows the sequence. It then sees its ancestors, at its
+        depth's position. commit_tree must follow before the next forward."""
+        forward = self.sequences.begin_forward(seq_ids, lengths, tree_parents)
+        self.batch = self._describe(forward)
 
     def end_forward(self) -> None:
         """Close what begin_forward opened."""
+        self.sequences.end_forward()
         self.batch = None
+
+    def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
+        """After a forward with trees: of sequence seq_ids[i], keep new token leaves[i] and its ancestors (-1: none).
+
+        Names every sequence of that forward that has not been removed, in any order."""
+        paths = self.sequences.accepted_paths(seq_ids, leaves)
+        sources, targets = [], []
+        for (_, sequence), path in zip(self.sequences.waiting, paths, strict=True):
+            assert sequence.tree is not None
+            start = sequence.length - len(sequence.tree.parents)
+            moved = [(node, place) for place, node in enumerate(path) if node != place]
+            sources += [self._slot(sequence, start + node) for node, _ in moved]
+            targets += [self._slot(sequence, start + place) for _, place in moved]
+        if targets:
+            slots = self.pages.flatten(2, 3)
+            slots[:, :, targets] = slots[:, :, sources]
+        self.sequences.commit(paths)
 
     def open_batch(self, tokens: int) -> Batch:
         """The batch that begin_forward described, which must have this many new tokens."""
-        if self.batch is None:
-            raise RuntimeError("no forward is open: call begin_forward(seq_ids, lengths) first")
-        if len(self.batch.positions) != tokens:
-            raise ValueError(f"{tokens} tokens are given, and begin_forward made room for {len(self.batch.positions)}")
+        self.sequences.check_open(tokens)
+        assert self.batch is not None
         return self.batch
 
     def length(self, seq_id: int) -> int:
         """Tokens in a sequence."""
-        return self._sequence(seq_id).length
+        return self.sequences.length(seq_id)
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
-
-    # ------------------------------------------------------------------------------------------------- checks
-
-    def _sequence(self, seq_id: int) -> _Sequence:
-        if seq_id not in self._sequences:
-            raise KeyError(f"the cache has no sequence {seq_id}; it has {sorted(self._sequences) or 'none'}")
-        return self._sequences[seq_id]
-
-    def _check_new(self, seq_id: int) -> None:
-        if seq_id in self._sequences:
-            raise ValueError(f"sequence {seq_id} exists already")
-        if len(self._sequences) == self.max_batch_size:
-            raise ValueError(f"the cache holds its {self.max_batch_size} sequences: raise max_batch_size")
-
-    def _check_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> list[_Sequence]:
-        if len(seq_ids) != len(lengths) or not seq_ids:
-            raise ValueError(f"{len(seq_ids)} sequences with {len(lengths)} lengths")
-        if len(set(seq_ids)) != len(seq_ids):
-            raise ValueError(f"a sequence appears twice in {list(seq_ids)}")
-        if min(lengths) < 1:
-            raise ValueError("a sequence of a forward needs a new token: to see a cached prompt's logits, popn 1")
-        if sum(lengths) > self.max_tokens:
-            raise ValueError(f"{sum(lengths)} tokens in one forward, at most {self.max_tokens}: prefill in chunks")
-        return [self._sequence(seq_id) for seq_id in seq_ids]
+        return self.sequences.free_pages
 
     # -------------------------------------------------------------------------------------------------- pages
 
-    def _take_page(self) -> int:
-        page = heapq.heappop(self._free)
-        self._users[page] = 1
-        return page
+    def _copy_page(self, copy: PageCopy | None) -> None:
+        if copy is not None:
+            old, new = copy
+            self.pages[:, :, new] = self.pages[:, :, old]
 
-    def _give_back(self, pages: Sequence[int]) -> None:
-        for page in pages:
-            self._users[page] -= 1
-            if not self._users[page]:
-                heapq.heappush(self._free, page)
-
-    def _missing_pages(self, sequence: _Sequence, length: int) -> int:
-        return -(-(sequence.length + length) // self.page_size) - len(sequence.pages)
-
-    def _pages_to_copy(self, sequences: Sequence[_Sequence]) -> list[_Sequence]:
-        """The sequences whose half-filled last page someone else will still hold when they write to it."""
-        copies: list[_Sequence] = []
-        users = Counter(self._users)
-        for sequence in sequences:
-            if sequence.length % self.page_size and users[sequence.pages[-1]] > 1:
-                users[sequence.pages[-1]] -= 1
-                copies.append(sequence)
-        return copies
-
-    def _copy_last_page(self, sequence: _Sequence) -> None:
-        old, new = sequence.pages[-1], self._take_page()
-        self.pages[:, :, new] = self.pages[:, :, old]
-        self._users[old] -= 1
-        sequence.pages[-1] = new
-
-    if EVICTS:
-
-        def _behind_window(self, sequence: _Sequence) -> range:
-            """Indices of the pages still held that no query from `length` on can see."""
-            if self._evict_window is None:
-                return range(0)
-            first_visible = max(sequence.length - self._evict_window + 1, 0)
-            return range(sequence.evicted, first_visible // self.page_size)
-
-        def _evictable(self, sequences: Sequence[_Sequence]) -> int:
-            """How many pages these sequences would free."""
-            dropped = Counter(s.pages[i] for s in sequences for i in self._behind_window(s))
-            return sum(count == self._users[page] for page, count in dropped.items())
-
-        def _evict(self, sequence: _Sequence) -> None:
-            for i in self._behind_window(sequence):
-                self._give_back([sequence.pages[i]])
-                sequence.pages[i] = -1
-                sequence.evicted = i + 1
-
-        def _check_window(self, sequence: _Sequence, length: int) -> None:
-            first = length - self._evict_window + 1 if self._evict_window else 0
-            if sequence.evicted and first < sequence.evicted * self.page_size:
-                raise ValueError(
-                    f"{length} tokens: the pages before {sequence.evicted * self.page_size} were given back"
-                )
+    def _slot(self, sequence: CachedSequence, index: int) -> int:
+        return sequence.pages[index // self.page_size] * self.page_size + index % self.page_size
 
     # --------------------------------------------------------------------------------------------------- batch
 
-    def _describe(self, sequences: Sequence[_Sequence], lengths: Sequence[int]) -> Batch:
-        size = self.page_size
-        positions = [p for s, n in zip(sequences, lengths, strict=True) for p in range(s.length - n, s.length)]
+    def _describe(self, forward: Forward) -> Batch:
+        sequences, lengths = forward.sequences, forward.lengths
         slots = [
-            s.pages[p // size] * size + p % size
-            for s, n in zip(sequences, lengths, strict=True)
-            for p in range(s.length - n, s.length)
+            self._slot(s, i) for s, n in zip(sequences, lengths, strict=True) for i in range(s.length - n, s.length)
         ]
         width = max(len(s.pages) for s in sequences)
         block_tables = [page for s in sequences for page in s.pages + [0] * (width - len(s.pages))]
@@ -284,29 +159,44 @@ class PagedKVCache:
         q_starts = [0]
         for n in lengths:
             q_starts.append(q_starts[-1] + n)
+        trees = [s.tree for s in sequences if s.tree]
+        tree = [i for t in trees for i in _subtrees(t)] if any(t.branches for t in trees) else []
         # One transfer for all of them.
-        fields = (positions, slots, block_tables, kv_lens, q_starts)
-        flat = torch.tensor([i for numbers in fields for i in numbers], dtype=torch.int64)
+        parts = (forward.positions(), slots, block_tables, kv_lens, q_starts, tree)
+        flat = torch.tensor([i for numbers in parts for i in numbers], dtype=torch.int64)
         if self.pages.is_cuda:
             flat = flat.pin_memory().to(self.pages.device, non_blocking=True)
-        position, slot, table, kv_len, q_start = flat.split([len(numbers) for numbers in fields])
+        position, slot, table, kv_len, q_start, tree_rows = flat.split([len(numbers) for numbers in parts])
         batch = Batch(position, slot, table.view(len(sequences), width), kv_len, q_start, max(lengths))
+        if tree:
+            batch.tree = tree_rows.view(-1, 3)
         if DYNAMIC_ROPE:
-            batch.inv_freq = self._frequencies(sequences, lengths)
+            batch.inv_freq = self._frequencies(forward)
         return batch
 
     if DYNAMIC_ROPE:
 
-        def _frequencies(self, sequences: Sequence[_Sequence], lengths: Sequence[int]) -> Tensor:
+        def _frequencies(self, forward: Forward) -> Tensor:
             """[n, rotary_dim / 2] float32, one row a new token."""
-            rows = []
-            for sequence, n in zip(sequences, lengths, strict=True):
-                rope_length = max(sequence.prompt_length, sequence.length)
-                if FROZEN_ROPE:
-                    if sequence.length == n:  # the first forward chooses for good
-                        sequence.rope_length = rope_length
-                    rope_length = sequence.rope_length
-                rows.append(self._inverse_frequencies(rope_length))
-            per_sequence = torch.tensor(rows, dtype=torch.float32, device=self.pages.device)
-            repeats = torch.tensor(lengths, device=self.pages.device)
-            return per_sequence.repeat_interleave(repeats, dim=0, output_size=sum(lengths))
+            lengths = forward.rope_lengths()
+            rows = {n: row for row, n in enumerate(dict.fromkeys(lengths))}
+            table = [self._inverse_frequencies(n) for n in rows]
+            device = self.pages.device
+            per_length = torch.tensor(table, dtype=torch.float32, device=device)
+            return per_length[torch.tensor([rows[n] for n in lengths], device=device)]
+
+
+def _subtrees(tree: Tree) -> list[int]:
+    """Of each node: its depth, and its subtree's first node and the one after its last, in depth-first order."""
+    sizes = [1] * len(tree.parents)
+    for node in reversed(range(len(sizes))):
+        if tree.parents[node] >= 0:
+            sizes[tree.parents[node]] += sizes[node]
+    rows: list[int] = []
+    free = {-1: 0}  # where the next child of a node comes
+    for node, (parent, size, depth) in enumerate(zip(tree.parents, sizes, tree.depths, strict=True)):
+        first = free[parent]
+        free[parent] += size
+        free[node] = first + 1
+        rows += [depth, first, first + size]
+    return rows

@@ -50,7 +50,7 @@ class Launch:
         names = self.kernel.arg_names
         values = dict(zip(names, self.args, strict=False)) | {k: v for k, v in self.kwargs.items() if k in names}
         constants = {p.name for p in self.kernel.params if p.is_constexpr}
-        constants |= {name for name, value in values.items() if type(value) is int and value == 1}
+        constants |= {name for name, value in values.items() if value is None or (type(value) is int and value == 1)}
         signature, attributes = {}, {}
         for i, name in enumerate(names):
             value = values[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from random import Random
 from unittest import mock
 
 import kernel_oracle as oracle
@@ -294,8 +295,9 @@ def check_prefill(
     sliding: bool = False,
     index: torch.dtype = torch.int32,
     shuffle: bool = True,
+    trees: Sequence[Sequence[int]] | None = None,
 ) -> None:
-    """`sequences`: cached and new tokens of each."""
+    """`sequences`: cached and new tokens of each; `trees`: the new tokens' parents among themselves, or -1."""
     arena, module = Arena(device), load("prefill_attention", SLIDING=sliding)
     lengths = [prefix + new for prefix, new in sequences]
     first_seen = [prefix - window + 1 if window else 0 for prefix, _ in sequences]
@@ -306,15 +308,32 @@ def check_prefill(
     q = arena.put(_normal(13, starts[-1], heads, head_dim, dtype=dtype, outlier=1.0))
     q_starts, kv_lens = (arena.put(torch.tensor(x, dtype=index)) for x in (starts, lengths))
     most, scale = max(new for _, new in sequences), head_dim**-0.5
+    rest = ([window] if sliding else []) + ([arena.put(subtrees(trees, index))] if trees else [])
     with arena.watch(["_prefill_kernel"]):
-        out = module.prefill_attention(
-            q, kv.k_pages, kv.v_pages, kv.tables, q_starts, kv_lens, most, scale, *([window] if sliding else [])
-        )
+        out = module.prefill_attention(q, kv.k_pages, kv.v_pages, kv.tables, q_starts, kv_lens, most, scale, *rest)
     assert out.shape == (starts[-1], heads * head_dim)
     for i, (prefix, new) in enumerate(sequences):
         rows = slice(starts[i], starts[i + 1])
-        want = oracle.attention(q[rows].cpu(), kv.k[i], kv.v[i], scale, window)
+        want = oracle.attention(q[rows].cpu(), kv.k[i], kv.v[i], scale, window, trees[i] if trees else None)
         assert_close(f"prefill of {new} after {prefix}", out[rows].view(new, heads, head_dim), want, dtype)
+
+
+def subtrees(trees: Sequence[Sequence[int]], dtype: torch.dtype) -> Tensor:
+    """[n, 3]: each token's depth, and where its subtree starts and ends in its tree's depth-first order."""
+    rows = []
+    for parents in trees:
+        paths = [oracle.path(parents, node) for node in range(len(parents))]
+        order = sorted(paths)
+        for path in paths:
+            first, size = order.index(path), sum(other[: len(path)] == path for other in paths)
+            rows.append((len(path) - 1, first, first + size))
+    return torch.tensor(rows, dtype=dtype)
+
+
+def random_tree(seed: int, size: int) -> list[int]:
+    """Parents of its tokens. Some follow the one before, others any, or none."""
+    random = Random(seed)
+    return [random.choice([node - 1, random.randrange(-1, node)]) for node in range(size)]
 
 
 def check_last_page(device: torch.device) -> None:
@@ -357,6 +376,9 @@ def check_all(device: torch.device) -> None:
         check_decode(device, dtype, 2, 2, 24, 16, lengths=(1, 9, 10, 11, 80), window=10, sliding=True)
         check_prefill(device, dtype, 4, 2, 16, 4, sequences=((0, 5), (70, 1), (3, 66)))
         check_prefill(device, dtype, 2, 1, 24, 16, sequences=((0, 11), (75, 20), (9, 1)), window=10, sliding=True)
+        trees = [random_tree(seed, size) for seed, size in enumerate((9, 1, 70))]
+        check_prefill(device, dtype, 4, 2, 16, 4, sequences=((30, 9), (3, 1), (0, 70)), trees=trees)
+        check_prefill(device, dtype, 2, 1, 24, 16, ((30, 9), (3, 1), (90, 70)), window=6, sliding=True, trees=trees)
     check_norm(device, torch.float32, n=1, size=1, one_plus=False)
     check_norm(device, torch.float32, n=2, size=5120, one_plus=False)
     check_activation(device, torch.float32, n=2, size=3 * 1024 + 8, activation="silu")
@@ -371,3 +393,5 @@ def check_all(device: torch.device) -> None:
     check_decode(device, torch.float32, 4, 2, 16, 4, lengths=(5, 90), sliding=True, index=torch.int64, shuffle=False)
     check_prefill(device, torch.float32, 2, 1, 16, 4, ((0, 140), (150, 3)), index=torch.int64, shuffle=False)
     check_prefill(device, torch.float32, 2, 1, 16, 4, ((0, 9), (60, 70)), sliding=True)
+    tree = [random_tree(3, 40)]
+    check_prefill(device, torch.float32, 2, 1, 16, 4, ((25, 40),), sliding=True, index=torch.int64, trees=tree)

@@ -7,6 +7,7 @@ whatever cancels in the result.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -46,15 +47,24 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Result:
     return out, magnitude
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Result:
-    """The last n of L tokens: q [n, heads, head_dim], k and v [L, kv_heads, head_dim] -> [n, heads, head_dim]."""
+def path(parents: Sequence[int], node: int) -> list[int]:
+    """A tree's nodes from the root to this one."""
+    return ([] if parents[node] < 0 else path(parents, parents[node])) + [node]
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, parents: Sequence[int] | None = None
+) -> Result:
+    """The last n of L tokens: q [n, heads, head_dim], k and v [L, kv_heads, head_dim] -> [n, heads, head_dim].
+
+    parents: these tokens are a tree's, and each follows its parent, or what came before for -1."""
     n, heads, _ = q.shape
     length, kv_heads, _ = k.shape
     q, k, v = q.double(), k.double(), v.double()
     out, magnitude = torch.empty_like(q), torch.empty_like(q)
     for i in range(n):
-        position = length - n + i
-        seen = slice(0 if window is None else max(position - window + 1, 0), position + 1)
+        new = range(i + 1) if parents is None else path(parents, i)
+        seen = [*range(length - n), *(length - n + node for node in new)][-(window or length) :]
         for head in range(heads):
             shared = head // (heads // kv_heads)
             weights = torch.softmax(scale * (k[seen, shared] @ q[i, head]), dim=0)

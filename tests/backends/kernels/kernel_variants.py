@@ -16,7 +16,8 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 
-BACKEND = Path(__file__).parents[3] / "backends" / "qwenspec_triton"
+ROOT = Path(__file__).parents[3]
+BACKEND = ROOT / "backends" / "qwenspec_triton"
 
 FLAGS: dict[str, dict[str, tuple[bool | str, ...]]] = {
     "norm": {"ONE_PLUS": (False, True)},
@@ -44,7 +45,7 @@ def _import(name: str, path: Path) -> ModuleType:
     return module
 
 
-fold = _import("_qwenspec_triton_fold", BACKEND / "fold.py").fold
+fold = _import("_qwenspec_fold", ROOT / "qwenspec" / "backend" / "fold.py").fold
 
 
 def folded(file: str, **flags: bool | str) -> str:

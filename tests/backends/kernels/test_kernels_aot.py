@@ -68,12 +68,12 @@ def decode(module: ModuleType, *window: int, head_dim: int = HEAD_DIM, dtype: to
 def prefill(
     module: ModuleType,
     longest: int,
-    *window: int,
+    *rest: object,
     head_dim: int = HEAD_DIM,
     dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     q, cache = meta(2048, HEADS, head_dim, dtype=dtype), pages(head_dim, dtype)
-    module.prefill_attention(q, cache, cache, ints(4, 256), ints(5), ints(4), longest, 0.1, *window)
+    module.prefill_attention(q, cache, cache, ints(4, 256), ints(5), ints(4), longest, 0.1, *rest)
 
 
 def launches(target: str) -> Iterator[tuple[str, Launch]]:
@@ -100,6 +100,9 @@ def launches(target: str) -> Iterator[tuple[str, Launch]]:
         "prefill": call("prefill_attention", prefill, 2048, SLIDING=False),
         "prefill-short": call("prefill_attention", prefill, 64, SLIDING=False),
         "prefill-sliding": call("prefill_attention", prefill, 2048, 4096, SLIDING=True),
+        "prefill-tree": call("prefill_attention", prefill, 256, ints(2048, 3), SLIDING=False),
+        "prefill-tree-sliding": call("prefill_attention", prefill, 256, 4096, ints(2048, 3), SLIDING=True),
+        "prefill-tree-256": call("prefill_attention", partial(prefill, head_dim=256), 64, ints(2048, 3), SLIDING=False),
         "prefill-256": call("prefill_attention", partial(prefill, head_dim=256), 2048, SLIDING=False),
         "prefill-float32": call("prefill_attention", partial(prefill, dtype=torch.float32), 2048, SLIDING=False),
     }

@@ -85,7 +85,10 @@ def test_prefill(
     sequences = data.draw(st.lists(st.tuples(prefix, new), min_size=1, max_size=2))
     sliding = window is not None or data.draw(st.booleans())
     shuffle = data.draw(st.booleans())
-    checks.check_prefill(CPU, dtype, *heads, head_dim, page_size, sequences, window, sliding, index, shuffle)
+    trees = None
+    if data.draw(st.booleans()):
+        trees = [[data.draw(st.integers(-1, node - 1)) for node in range(n)] for _, n in sequences]
+    checks.check_prefill(CPU, dtype, *heads, head_dim, page_size, sequences, window, sliding, index, shuffle, trees)
 
 
 # --------------------------------------------------------------------------------- the tests and the interpreter
@@ -133,6 +136,32 @@ MISTAKES: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "query = kv_len - q_len + m",
         "query = m",
         lambda: checks.check_prefill(CPU, F32, 2, 1, 16, 4, ((3, 5),)),
+    ),
+    "tree: a token sees its cousins": (
+        "prefill_attention",
+        "last - first, 0)",
+        "1 << 30, 0)",
+        lambda: checks.check_prefill(CPU, F32, 2, 1, 16, 4, ((3, 4),), trees=[[-1, 0, 0, 1]]),
+    ),
+    "tree: of the next sequence's numbers": (
+        "prefill_attention",
+        "key_ptr = tree_ptr + (q_start + key",
+        "key_ptr = tree_ptr + (key",
+        lambda: checks.check_prefill(CPU, F32, 2, 1, 16, 4, ((3, 2), (5, 4)), trees=[[-1, 0], [-1, -1, 1, 0]]),
+    ),
+    "tree: a window by place and not by depth": (
+        "prefill_attention",
+        "if TREE:\n                position =",
+        "if False:\n                position =",
+        lambda: checks.check_prefill(
+            CPU, F32, 2, 1, 16, 4, ((20, 9),), 4, sliding=True, trees=[[-1, 0, 1, -1, 3, 4, 2, 6, 5]]
+        ),
+    ),
+    "tree: the oldest key is the first block's": (
+        "prefill_attention",
+        "(0 if TREE else block_m * BLOCK_M)",
+        "block_m * BLOCK_M",
+        lambda: checks.check_prefill(CPU, F32, 2, 1, 16, 4, ((60, 40),), 10, sliding=True, trees=[[-1] * 40]),
     ),
     "rotate: writes what is not cached": (
         "qkv",

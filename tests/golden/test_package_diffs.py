@@ -18,7 +18,8 @@ from hf_parity.oracle import QWEN2, QWEN3, tiny_spec
 from qwenspec.backend.emit import render_package
 from qwenspec.backend.registry import find
 
-GOLDEN = Path(__file__).parent / "triton"
+GOLDEN = Path(__file__).parent
+BACKENDS = ("triton", "tvm")
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -45,32 +46,33 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @functools.cache
-def package(change: str) -> dict[str, list[str]]:
+def package(backend: str, change: str) -> dict[str, list[str]]:
     """File -> lines, without the banner and the hashes, which differ between any two specs."""
-    files = render_package(tiny_spec(json.loads(change)), find("triton"))
+    files = render_package(tiny_spec(json.loads(change)), find(backend))
     return {
         name: [line for line in text.splitlines() if not line.startswith(("# tiny, gen", "#   qwenspec", '  "spec'))]
         for name, text in files.items()
     }
 
 
-def difference(before: dict[str, Any], after: dict[str, Any]) -> str:
-    old, new = package(json.dumps(before)), package(json.dumps(after))
+def difference(backend: str, before: dict[str, Any], after: dict[str, Any]) -> str:
+    old, new = package(backend, json.dumps(before)), package(backend, json.dumps(after))
     lines: list[str] = []
     for name in sorted(old.keys() | new.keys()):
         lines += difflib.unified_diff(old.get(name, []), new.get(name, []), name, name, n=1, lineterm="")
     return "\n".join(lines) + "\n"
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", CHANGES)
-def test_diff_is_golden(name: str) -> None:
-    before, after = CHANGES[name]
-    found = difference(before, after)
-    file = GOLDEN / f"{name}.diff"
+def test_diff_is_golden(name: str, backend: str) -> None:
+    found = difference(backend, *CHANGES[name])
+    file = GOLDEN / backend / f"{name}.diff"
     if os.environ.get("UPDATE_GOLDEN"):
         file.write_text(found)
     assert found == file.read_text()
 
 
-def test_every_golden_file_is_used() -> None:
-    assert {file.stem for file in GOLDEN.glob("*.diff")} == set(CHANGES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_golden_file_is_used(backend: str) -> None:
+    assert {file.stem for file in (GOLDEN / backend).glob("*.diff")} == set(CHANGES)

@@ -1,0 +1,42 @@
+"""Compile this package into a library: python -m <this package>.build --device cpu --dtype float32 -o model.so."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from .config import Config
+from .library import DTYPES, compile_library, title, write_library
+from .targets import BuildError, find_target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {__package__}.build", description="Compile this package.")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:sm_90, a TVM target tag or target JSON")
+    parser.add_argument("--dtype", choices=DTYPES, default=Config().dtype, help="default: %(default)s")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the library, model.so")
+    args = parser.parse_args()
+    try:
+        build(args.device, args.dtype, args.output)
+    except BuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(device: str, dtype: str, output: Path) -> None:
+    """Compiles for a device or target (see find_target), and says what came out."""
+    start = time.perf_counter()
+    executable, metadata = compile_library(find_target(device), dtype)
+    compiled = time.perf_counter()
+    write_library(executable, metadata, output)
+    linked = time.perf_counter()
+    print(f"{metadata['variant']} in {dtype} for {title(metadata)}: {output}, {output.stat().st_size / 1e6:.2f} MB")
+    print(f"compiled in {compiled - start:.1f} s, linked in {linked - compiled:.1f} s")
+    print(f"functions: {', '.join(metadata['methods'])}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

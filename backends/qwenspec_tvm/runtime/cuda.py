@@ -1,0 +1,151 @@
+"""The CUDA target: operators become kernels, and the kernels' source becomes machine code."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import tvm
+import tvm_ffi
+from tvm import relax, s_tir, tirx
+from tvm.ir.transform import Pass
+from tvm.relax.transform import (
+    AnnotateTIROpPattern,
+    DeadCodeElimination,
+    FoldConstant,
+    FuseOps,
+    FuseTIR,
+    FuseTransposeMatmul,
+    LegalizeOps,
+    RewriteDataflowReshape,
+)
+from tvm.s_tir import dlight
+from tvm.target import Target
+
+from .config import Config
+from .targets import BuildError
+
+PAGE_SIZE = 16  # of TVM's attention kernels for GPUs
+MAX_THREADS_Z = 64  # of a block
+
+
+class Matmul(dlight.gpu.Matmul):
+    """dlight's rule for products, on CUDA cores.
+
+    Its way to tensor cores, which it takes for float16, is closed: it ends in Schedule.tensorize, which in the 0.27
+    wheels crashes the process on any intrinsic, a copy of 16 values too. What is left is a product in tiles of shared
+    memory, in the accumulator's dtype, for any number of rows.
+    """
+
+    def apply(self, func: Any, target: Target, tunable: bool) -> s_tir.Schedule | None:
+        if not isinstance(func, tirx.PrimFunc):
+            return None
+        return super().apply(func.with_attr("dlight.do_not_tensorize", True), target, tunable)
+
+
+def operators() -> list[Pass]:
+    """Relax operators become TIR functions, each scheduled for a GPU by the first rule that fits it."""
+    return [
+        FuseTransposeMatmul(),  # before legalisation, or each product would first write its weight's transpose
+        LegalizeOps(),
+        AnnotateTIROpPattern(),
+        FoldConstant(),
+        FuseOps(),
+        FuseTIR(),
+        RewriteDataflowReshape(),
+        DeadCodeElimination(),  # the copies that reshapes were, until now
+        dlight.ApplyDefaultSchedule(
+            Matmul(),
+            dlight.gpu.GEMV(),  # products of one row, which Matmul leaves
+            dlight.gpu.Reduction(),
+            dlight.gpu.GeneralReduction(),
+            dlight.gpu.Fallback(),
+        ),
+    ]
+
+
+def check_sizes(config: Config) -> None:
+    """Raises BuildError for heads that TVM's attention kernels for GPUs compute wrongly, or cannot be launched for.
+
+    They take it for granted that a block's threads divide the heads, and TVM does not look.
+    """
+    heads, dim = config.num_attention_heads, config.head_dim
+    group = heads // config.num_key_value_heads
+    threads = dim // 4  # a head's, each with 4 dimensions
+    rows = _fitting(group, threads, 512)
+    if dim % 8 or (dim > 224 and dim != 256):
+        reason = f"head_dim is {dim}, and must be a multiple of 8 up to 224, or 256"
+    elif group % rows or heads % _fitting(heads, threads, 1024):
+        reason = f"{heads} query heads on {config.num_key_value_heads} key heads do not divide into blocks of threads"
+    elif 512 // (threads * rows) > MAX_THREADS_Z:
+        reason = f"a block of {group} query heads of {dim} is too small: they must have more than 28 values together"
+    else:
+        return
+    raise BuildError(f"TVM's attention kernels for GPUs do not fit this model: {reason}; use device 'cpu'")
+
+
+def _fitting(rows: int, threads: int, limit: int) -> int:
+    """How many rows of threads TVM puts in a block."""
+    while rows > 1 and rows * threads > limit:
+        rows //= 2
+    return rows
+
+
+def source(executable: relax.VMExecutable) -> str:
+    """The CUDA source of an executable's kernels."""
+    modules = [kernels for host in executable.mod.imports for kernels in host.imports if kernels.kind == "cuda"]
+    assert len(modules) == 1
+    return str(modules[0].inspect_source())
+
+
+def install_compiler(arch: str, cache: Path) -> None:
+    """Libraries hold their kernels as source. From now on TVM has it compiled here, when a library's first kernel
+    runs, and not with its own options: they trade accuracy for speed, in every division and exponential.
+    """
+    tvm_ffi.register_global_func(
+        "tvm_callback_cuda_compile", functools.partial(machine_code, arch=arch, cache=cache), override=True
+    )
+
+
+def machine_code(text: str, arch: str, cache: Path) -> bytes:
+    """CUDA source -> a cubin for `arch` ("sm_90"), kept in the folder `cache`.
+
+    By nvcc, or where there is none by NVRTC from the Python package cuda-bindings. Raises BuildError.
+    """
+    path = cache / f"kernels-{arch}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cubin"
+    if path.is_file():
+        return path.read_bytes()
+    code = _nvcc(text, arch) if shutil.which("nvcc") else _nvrtc(text, arch)
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=cache, prefix=".building-", delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)  # at once, for others may look for it
+    return code
+
+
+def _nvcc(text: str, arch: str) -> bytes:
+    with tempfile.TemporaryDirectory(prefix="kernels-") as folder:
+        out = Path(folder) / "kernels.cubin"
+        out.with_suffix(".cu").write_text(text, encoding="utf-8")
+        command = ["nvcc", "-cubin", f"-arch={arch}", "-O3", "-w", "-o", str(out), str(out.with_suffix(".cu"))]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            lines = (done.stderr + done.stdout).strip().splitlines()
+            raise BuildError(f"nvcc cannot compile the kernels for {arch}: {lines[0] if lines else 'no reason given'}")
+        return out.read_bytes()
+
+
+def _nvrtc(text: str, arch: str) -> bytes:
+    try:
+        return bytes(tvm.support.nvcc.compile_cuda(text, target_format="cubin", arch=arch, compiler="nvrtc"))
+    except RuntimeError as error:
+        raise BuildError(
+            f"the kernels need a compiler for {arch}: {str(error).splitlines()[0]}; put nvcc of the CUDA toolkit on "
+            "PATH, or pip install cuda-bindings nvidia-cuda-nvrtc"
+        ) from error

@@ -1,0 +1,141 @@
+"""Generation: chunked prefill, batched decode, sampling, a stream of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .engine import reshape
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. temperature 0 is greedy, and then the rest does not matter."""
+
+    temperature: float = 0.0
+    top_k: int = 0  # the k most likely tokens alone; 0: all
+    top_p: float = 1.0  # the fewest most likely tokens whose probabilities reach top_p
+    seed: int = 0  # of each sequence's own generator: a sequence draws the same in any batch
+    max_tokens: int = 128
+    stop_tokens: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
+            raise ValueError(f"temperature and top_k are 0 or more, 0 < top_p <= 1, max_tokens at least 1; not {self}")
+
+
+@dataclass(frozen=True)
+class Token:
+    """One new token of prompt number `prompt`. `finished`: why it is the last, or None. A stop token is not shown
+    to the caller as text, but it is reported here."""
+
+    prompt: int
+    id: int
+    finished: str | None  # "stop", "length" or None
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling | None = None,
+    *,
+    prefill_chunk_size: int = 2048,
+    page_size: int = 16,
+) -> Iterator[Token]:
+    """Continue every prompt (token ids), all of them together, yielding tokens as they come.
+
+    Draws are numpy's: with the same seed, other tokens than a PyTorch generator's."""
+    sampling = sampling or Sampling()
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs a token")
+    for prompt in prompts:
+        bad = next((i for i in prompt if not 0 <= i < model.config.vocab_size), None)
+        if bad is not None:
+            raise ValueError(f"token id {bad} is outside the vocabulary of {model.config.vocab_size}")
+    pages = sum(-(-(len(prompt) + sampling.max_tokens) // page_size) for prompt in prompts)
+    cache = model.create_paged_kv_cache(len(prompts), pages * page_size, prefill_chunk_size, page_size)
+    generators = [np.random.default_rng(sampling.seed) for _ in prompts]
+    for i, prompt in enumerate(prompts):
+        cache.add_sequence(i, prompt_length=len(prompt))
+    logits = _prefill(model, cache, prompts, prefill_chunk_size)
+    running = list(range(len(prompts)))
+    produced = 0
+    while True:
+        ids = sample(logits, sampling, [generators[i] for i in running]).tolist()
+        produced += 1
+        alive = []
+        for i, token in zip(running, ids, strict=True):
+            finished = (
+                "stop" if token in sampling.stop_tokens else "length" if produced == sampling.max_tokens else None
+            )
+            yield Token(i, token, finished)
+            if finished is None:
+                alive.append((i, token))
+            else:
+                cache.remove_sequence(i)
+        if not alive:
+            return
+        running = [i for i, _ in alive]
+        embeds = reshape(model.embed([token for _, token in alive]), (len(alive), 1, model.config.hidden_size))
+        cache.begin_forward(running, [1] * len(running))
+        logits = model.batch_decode(embeds, cache).numpy()[:, 0]
+        cache.end_forward()
+
+
+def _prefill(model: Any, cache: Any, prompts: Sequence[Sequence[int]], chunk_size: int) -> np.ndarray:
+    """Prefill every prompt and return the logits [b, vocab] of their last tokens."""
+    last: dict[int, np.ndarray] = {}
+    for chunks in pack([len(prompt) for prompt in prompts], chunk_size):
+        ids = [i for prompt, start, end in chunks for i in prompts[prompt][start:end]]
+        ends = np.cumsum([end - start for _, start, end in chunks]) - 1
+        cache.begin_forward([prompt for prompt, _, _ in chunks], [end - start for _, start, end in chunks])
+        logits = model.batch_prefill(model.embed(ids), ends, cache).numpy()[0]  # [chunks, vocab]
+        cache.end_forward()
+        last.update(zip((prompt for prompt, _, _ in chunks), logits, strict=True))
+    return np.stack([last[i] for i in range(len(prompts))])
+
+
+def pack(lengths: Sequence[int], size: int) -> Iterator[list[tuple[int, int, int]]]:
+    """Cut prompts into forwards of at most `size` tokens: lists of (prompt, start, end)."""
+    forward, room = [], size
+    for prompt, length in enumerate(lengths):
+        start = 0
+        while start < length:
+            end = min(length, start + room)
+            forward.append((prompt, start, end))
+            room -= end - start
+            start = end
+            if room == 0:
+                yield forward
+                forward, room = [], size
+    if forward:
+        yield forward
+
+
+def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.random.Generator]) -> np.ndarray:
+    """logits [b, vocab] float32 -> token ids [b]."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / np.float32(sampling.temperature)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        smallest = np.partition(logits, -sampling.top_k)[:, -sampling.top_k, None]
+        logits = np.where(logits < smallest, -np.inf, logits)
+    if sampling.top_p < 1:
+        order = np.argsort(-logits, axis=-1, kind="stable")
+        likeliest = softmax(np.take_along_axis(logits, order, -1))
+        before = likeliest.cumsum(-1) - likeliest  # probability of all likelier tokens
+        dropped = np.zeros_like(before, dtype=bool)
+        np.put_along_axis(dropped, order, before >= sampling.top_p, -1)
+        logits = np.where(dropped, -np.inf, logits)
+    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
+    noise = np.stack([generator.standard_exponential(logits.shape[-1], np.float32) for generator in generators])
+    return (softmax(logits) / noise).argmax(-1)
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last dimension."""
+    powers = np.exp(logits - logits.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)

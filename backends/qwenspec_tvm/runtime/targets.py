@@ -1,0 +1,151 @@
+"""Devices and targets: what a library runs on, and what it is compiled for."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm.runtime import Device
+from tvm.support import nvcc
+from tvm.target import Target, codegen
+
+DEFAULT_ARCH = "sm_90"  # where no GPU tells its own
+CUDA = {
+    "max_num_threads": 1024,
+    "max_threads_per_block": 1024,
+    "max_shared_memory_per_block": 49152,
+    "thread_warp_size": 32,
+}
+KNOWN = (
+    'known are "cpu", "cuda", "cuda:1" (a GPU), "cuda:sm_90" (an architecture), a TVM target tag as '
+    '"nvidia/nvidia-h100", and TVM target JSON of kind llvm or cuda as \'{"kind": "llvm", "mcpu": "x86-64-v3"}\''
+)
+
+# x86 extensions that LLVM may use unasked, by its names.
+_NAMES = (
+    "sse3 ssse3 sse4.1 sse4.2 sse4a cx16 sahf popcnt lzcnt movbe bmi bmi2 tbm adx aes pclmul gfni vaes vpclmulqdq f16c "
+    "fma fma4 xop avx avx2 avxifma avxneconvert avxvnni avxvnniint8 avx512f avx512bf16 avx512bitalg avx512bw avx512cd "
+    "avx512dq avx512fp16 avx512ifma avx512vbmi avx512vbmi2 avx512vl avx512vnni avx512vpopcntdq"
+)
+X86 = frozenset(_NAMES.split())
+# Linux's names, where they differ by more than punctuation.
+LINUX = {"sse3": "pni", "sahf": "lahflm", "lzcnt": "abm", "bmi": "bmi1", "pclmul": "pclmulqdq"}
+
+
+class BuildError(RuntimeError):
+    """No library can be built for a target, or it cannot be used here; the message says what to do."""
+
+
+def find_target(name: str) -> Target:
+    """The target that a name stands for.
+
+    name: "cpu" or "llvm", this machine's CPU; "cuda" or "cuda:1", that GPU, or DEFAULT_ARCH where there is none;
+        "cuda:sm_80", an architecture; a tag of TVM's; or TVM's JSON
+    """
+    if name in ("cpu", "llvm"):
+        return host_target()
+    if cuda := re.fullmatch(r"cuda(?::(\d+)|:(sm_\d+a?))?", name):
+        return _cuda_target({"kind": "cuda", "arch": cuda[2] or _arch(int(cuda[1] or 0))})
+    try:
+        config = json.loads(name) if name.startswith("{") else dict(Target(name).export())
+        kind = config.get("kind")
+        if kind == "cuda":
+            return _cuda_target(config)
+        if kind == "llvm":
+            return _llvm_target(config)
+    except (ValueError, TypeError) as error:
+        raise BuildError(f"{name!r} is no target: {str(error).splitlines()[0]}; {KNOWN}") from error
+    raise BuildError(f"{name!r} is of kind {kind!r}, which this package has no kernels for; {KNOWN}")
+
+
+def find_device(name: str) -> Device:
+    """The device that runs a target of this name: its own, or the first of its kind."""
+    if find_target(name).kind.name == "llvm":
+        return tvm.cpu()
+    index = re.fullmatch(r"cuda:(\d+)", name)
+    device = tvm.cuda(int(index[1]) if index else 0)
+    if not device.exist:
+        raise BuildError(f"{name!r}: no such GPU is visible here: use device 'cpu', or check nvidia-smi")
+    _choose_cuda_compiler()
+    return device
+
+
+@functools.cache
+def host_target() -> Target:
+    """This machine's CPU.
+
+    LLVM goes by the model's name, and a virtual machine may lack what that promises or have more: where the kernel
+    says which instructions work, they decide.
+    """
+    named = Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    flags = _cpu_flags()
+    if not flags or not _is_x86(named):
+        return named
+    promised = set(features(named))
+    present = {feature for feature in X86 if LINUX.get(feature, feature.replace(".", "")) in flags}
+    changes = [f"-{f}" for f in sorted(promised - present)] + [f"+{f}" for f in sorted(present - promised)]
+    return Target({"kind": "llvm", "mcpu": named.attrs["mcpu"], **({"mattr": changes} if changes else {})})
+
+
+def features(target: Target) -> list[str]:
+    """Instruction-set extensions that code for a target (its host's part, for a GPU) may use."""
+    target = target.host or target
+    found = codegen.llvm_get_cpu_features(target)
+    return sorted(found & X86 if _is_x86(target) else found)
+
+
+def _llvm_target(config: dict[str, Any]) -> Target:
+    cpu, triple = config.get("mcpu"), config.get("mtriple") or codegen.llvm_get_system_triple()
+    # Checked here: TVM itself prints a line and goes on with a generic CPU.
+    if cpu and cpu not in codegen.llvm_get_cpu_archlist(Target({"kind": "llvm", "mtriple": triple})):
+        raise BuildError(
+            f"LLVM knows no CPU {cpu!r} of {triple}; this machine's is {codegen.llvm_get_system_cpu()!r}, and "
+            "tvm.target.codegen.llvm_get_cpu_archlist() lists all"
+        )
+    return Target(config)
+
+
+def _cuda_target(config: dict[str, Any]) -> Target:
+    # The host's part only launches kernels: compiled for any CPU of this architecture.
+    return Target({"arch": DEFAULT_ARCH, **CUDA, "host": {"kind": "llvm"}, **config})
+
+
+def _arch(index: int) -> str:
+    device = tvm.cuda(index)
+    return "sm_" + device.compute_version.replace(".", "") if device.exist else DEFAULT_ARCH
+
+
+def _choose_cuda_compiler() -> None:
+    """TVM compiles the CUDA source in a library when it loads it, with NVRTC where nothing else is said."""
+    if "TVM_CUDA_COMPILE_MODE" in os.environ:
+        return
+    try:
+        importlib.import_module("cuda.bindings.nvrtc")
+    except ImportError as error:
+        try:
+            nvcc.find_cuda_path()
+        except RuntimeError:
+            raise BuildError(
+                "compiling for a GPU needs nvcc, or NVRTC: install CUDA, or pip install cuda-bindings nvidia-cuda-nvrtc"
+            ) from error
+        os.environ["TVM_CUDA_COMPILE_MODE"] = "nvcc"
+
+
+def _is_x86(target: Target) -> bool:
+    return str(target.attrs.get("mtriple", codegen.llvm_get_system_triple())).startswith(("x86_64", "i686"))
+
+
+def _cpu_flags() -> set[str]:
+    """The instruction-set extensions that the kernel lets programs use, without underscores; none where it is mute."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^flags\s*:(.*)$", text, re.MULTILINE)
+    return set(found[1].replace("_", "").split()) if found else set()

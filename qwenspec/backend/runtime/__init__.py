@@ -1,0 +1,1 @@
+"""Files of a generated package that hold no model structure: plain Python, folded and copied in."""

@@ -1,0 +1,168 @@
+"""The paged KV cache of the TVM packages: TVM's object under random use, held to the same account as Triton's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+from attention_cache import compiled
+from hypothesis import settings
+
+from backends.cache_machine import CacheMachine
+from qwenspec.backend.fold import declared_flags, fold
+from qwenspec.backend.package import HERE as COMMON
+from qwenspec_triton.runner import import_package
+from qwenspec_tvm.emit import HERE
+
+HEADS, KV_HEADS, HEAD_DIM = 2, 1, 16
+PLAIN = dict.fromkeys(("SLIDING", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE"), False)
+CONFIG = SimpleNamespace(
+    num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM
+)
+
+
+def package(folder: Path, **flags: bool) -> ModuleType:
+    """The cache of a package, without the rest of it."""
+    for file in (HERE / "runtime" / "cache.py", COMMON / "runtime" / "sequences.py"):
+        text = file.read_text(encoding="utf-8")
+        folded = fold(text, {name: value for name, value in (PLAIN | flags).items() if name in declared_flags(text)})
+        (folder / file.name).write_text(folded, encoding="utf-8")
+    (folder / "config.py").write_text("class Config: ...\n", encoding="utf-8")
+    (folder / "__init__.py").write_text(
+        "from .cache import PagedKVCache\nfrom .sequences import OutOfPages\n", encoding="utf-8"
+    )
+    return import_package(folder)
+
+
+def new_cache(module: ModuleType, pages: int = 7, page_size: int = 4, **options: object) -> Any:
+    return module.PagedKVCache(
+        config=CONFIG,
+        create=compiled(HEADS, KV_HEADS, HEAD_DIM, (None, None), "float32")["create_paged_kv_cache"],
+        max_batch_size=4,
+        max_total_seq_len=pages * page_size,
+        prefill_chunk_size=16,
+        page_size=page_size,
+        dtype="float32",
+        device=tvm.cpu(),
+        **options,
+    )
+
+
+def ask(cache: Any, name: str, *arguments: object) -> Any:
+    return tvm.get_global_func(f"vm.builtin.attention_kv_cache_{name}")(cache.state, *arguments)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TVM_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    return package(tmp_path_factory.mktemp("plain"))
+
+
+class Machine(CacheMachine):
+    """Keys are the numbers and values minus them, cached by attention."""
+
+    module: ModuleType
+
+    def new_cache(self, pages: int, page_size: int) -> Any:
+        return new_cache(self.module, pages, page_size)
+
+    def write(self, numbers: list[int]) -> None:
+        self.cache.check_open(len(numbers))
+        qkv = np.zeros((len(numbers), HEADS + 2 * KV_HEADS, HEAD_DIM), np.float32)
+        qkv[:, HEADS:] = np.array(numbers, np.float32)[:, None, None]
+        qkv[:, HEADS + KV_HEADS :] *= -1
+        machine = compiled(HEADS, KV_HEADS, HEAD_DIM, (None, None), "float32")
+        for layer in ("first", "second"):
+            machine[layer](tvm.runtime.tensor(qkv), self.cache.state)
+
+    def read(self, seq: int) -> list[float]:
+        self.agrees_with_tvm(seq)
+        length = self.cache.length(seq)
+        if not length:
+            return []
+        keys, values = (tvm.runtime.empty((2, length, KV_HEADS, HEAD_DIM), "float32") for _ in "kv")
+        ask(self.cache, "debug_get_kv", self.cache._ids[seq], 0, length, keys, values)
+        found = keys.numpy()
+        assert (found == -values.numpy()).all()
+        assert (found == found[:1, :, :1, :1]).all()
+        return found[0, :, 0, 0].tolist()
+
+    def agrees_with_tvm(self, seq: int) -> None:
+        """TVM has one page more than is promised."""
+        assert ask(self.cache, "get_num_available_pages") == self.cache.free_pages + 1
+        assert ask(self.cache, "get_sequence_length", self.cache._ids[seq]) == self.cache.length(seq)
+
+
+def test_cache_behaves_as_lists_of_tokens(plain: ModuleType) -> None:
+    Machine.module, Machine.out_of_pages = plain, plain.OutOfPages
+    Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
+    Machine.TestCase("runTest").runTest()
+
+
+@pytest.mark.parametrize("last", [[-1], [-1, 0, 1], [-1, -1]], ids=["token", "chain", "tree"])
+def test_trees_whose_last_is_a_chain(plain: ModuleType, last: list[int]) -> None:
+    """TVM alone would keep the first nodes of the first tree, whatever was accepted."""
+    machine = Machine()
+    machine.module, machine.cache = plain, new_cache(plain, page_size=2)
+    for sequence in (0, 1):
+        machine.cache.add_sequence(sequence)
+    tree = [-1, -1, 1, 1, 3]
+    machine.cache.begin_forward([0, 1], [5, len(last)], tree + last)
+    machine.write([10, 11, 12, 13, 14, *range(20, 20 + len(last))])
+    machine.cache.end_forward()
+    machine.cache.commit_tree([1, 0], [0, 4])
+    assert machine.read(0) == [11, 13, 14]
+    assert machine.read(1) == [20]
+
+
+def test_frequencies_of_each_new_token(tmp_path: Path) -> None:
+    def told(length: int) -> list[float]:
+        return [float(length), 0.5]
+
+    cache = new_cache(package(tmp_path, DYNAMIC_ROPE=True), inverse_frequencies=told)
+    cache.add_sequence(7)
+    cache.add_sequence(-3, prompt_length=6)
+    lengths: Callable[[], list[float]] = lambda: cache.inv_freq.numpy()[:, 0].tolist()  # noqa: E731
+    cache.begin_forward([7, -3], [3, 2])
+    assert lengths() == [3, 3, 3, 6, 6]
+    assert cache.inv_freq.dtype == "float32"
+    cache.end_forward()
+    assert cache.inv_freq is None
+    cache.begin_forward([-3, 7], [2, 3], [-1, -1, -1, 0, 0])
+    assert lengths() == [6, 6, 4, 5, 5]
+
+
+def test_trees_that_slide_are_for_cpus(tmp_path: Path) -> None:
+    cache = new_cache(package(tmp_path, SLIDING=True))
+    cache.add_sequence(0)
+    cache.begin_forward([0], [2], [-1, -1])
+    cache.end_forward()
+    cache.commit_tree([0], [1])
+    cache._device = SimpleNamespace(type="cuda")
+    with pytest.raises(ValueError, match="does not apply this model's window"):
+        cache.begin_forward([0], [2], [-1, -1])
+
+
+def test_nothing_is_left_behind(plain: ModuleType) -> None:
+    cache = new_cache(plain)
+    for sequence in (0, 1, 2):
+        cache.add_sequence(sequence)
+    cache.begin_forward([2, 0], [4, 3], [-1, 0, 0, 0, -1, 0, 1])
+    cache.end_forward()
+    cache.remove_sequence(2)
+    cache.add_sequence(2)  # again, while the one before is still part of the batch
+    cache.remove_sequence(0)
+    cache.remove_sequence(2)
+    cache.remove_sequence(1)
+    assert ask(cache, "empty")

@@ -1,0 +1,123 @@
+"""The bookkeeping of a paged KV cache, by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from qwenspec.backend.runtime.sequences import MAX_TREE_SIZE, OutOfPages, Sequences, Tree
+
+
+def made(pages: int = 6, **options: int) -> Sequences:
+    """Room for 4 sequences in pages of 4 tokens, and sequence 0 with 6."""
+    sequences = Sequences(4, 4 * pages, 16, 4, **options)
+    sequences.add(0)
+    forward(sequences, {0: 6})
+    return sequences
+
+
+def forward(sequences: Sequences, lengths: dict[int, int], parents: list[int] | None = None) -> None:
+    sequences.begin_forward(list(lengths), list(lengths.values()), parents)
+    sequences.end_forward()
+
+
+def test_only_full_pages_are_shared() -> None:
+    sequences = made()
+    assert sequences.fork(0, 1, 4) is None
+    assert sequences.free_pages == 4
+    assert sequences.fork(0, 2, 5) == (1, 2)  # the first token of page 1 goes to page 2
+    assert sequences.fork(0, 3, -1) == (1, 3)
+    assert sequences.free_pages == 2
+    assert sequences.popn(3, 3) == (0, 3)  # within the page of all four, into the page that it gives back
+    assert sequences.popn(1, 4) is None
+    assert sequences.free_pages == 2
+    for sequence in range(4):
+        sequences.remove(sequence)
+    assert sequences.free_pages == 6
+
+
+def test_a_copy_needs_a_page() -> None:
+    sequences = made(pages=2)
+    with pytest.raises(OutOfPages, match=r"^1 more of 2 pages of 4 tokens needed, 0 free: remove sequences"):
+        sequences.fork(0, 1, 5)
+    sequences.fork(0, 1, 4)
+    with pytest.raises(OutOfPages):
+        sequences.popn(1, 1)
+    assert sequences.length(1) == 4
+    assert sequences.popn(0, 3) == (0, 1)  # what it gives back is enough
+
+
+def test_trees_are_checked() -> None:
+    sequences = made()
+    sequences.add(5)
+    with pytest.raises(ValueError, match="tree_parents has 2 entries for 3 tokens"):
+        sequences.begin_forward([0, 5], [1, 2], [-1, -1])
+    for parent in (1, 2, -2):
+        with pytest.raises(ValueError, match=f"token 1 of sequence 5 has the parent {parent}"):
+            sequences.begin_forward([0, 5], [1, 2], [-1, -1, parent])
+    with pytest.raises(ValueError, match="no token tree is to be committed"):
+        sequences.accepted_paths([0], [0])
+    forward(sequences, {0: 1, 5: 3}, [-1, -1, 0, 0])
+    for call in (lambda: forward(sequences, {0: 1}), lambda: sequences.fork(5, 6, 1), lambda: sequences.popn(0, 1)):
+        with pytest.raises(RuntimeError, match="call commit_tree first"):
+            call()
+    with pytest.raises(ValueError, match=r"told of sequences \[0\], and the last forward had trees of \[0, 5\]"):
+        sequences.accepted_paths([0], [0])
+    with pytest.raises(ValueError, match="1 sequences with 2 leaves"):
+        sequences.accepted_paths([0], [0, 1])
+    with pytest.raises(ValueError, match=r"leaf 3 of sequence 5: its tree has nodes 0 … 2, and -1 is none"):
+        sequences.accepted_paths([5, 0], [3, 0])
+    assert sequences.accepted_paths([5, 0], [2, -1]) == [[], [0, 2]]
+    sequences.commit([[], [0, 2]])
+    assert (sequences.length(0), sequences.length(5)) == (6, 2)
+
+
+def test_the_size_of_a_tree_is_limited() -> None:
+    sequences = Sequences(1, 1000, 1000, 4)
+    sequences.add(0)
+    with pytest.raises(ValueError, match="a token tree of 257 tokens for sequence 0, at most 256"):
+        sequences.begin_forward([0], [MAX_TREE_SIZE + 1], [-1] * (MAX_TREE_SIZE + 1))
+    forward(sequences, {0: MAX_TREE_SIZE}, [-1] * MAX_TREE_SIZE)
+
+
+def test_what_is_removed_before_a_commit() -> None:
+    sequences = made()
+    sequences.add(1)
+    forward(sequences, {0: 5, 1: 4}, [-1] * 9)
+    sequences.remove(0)
+    assert sequences.free_pages == 2  # its pages wait
+    sequences.add(0)
+    assert sequences.accepted_paths([1], [2]) == [[], [2]]
+    sequences.commit([[], [2]])
+    assert sequences.free_pages == 5
+    forward(sequences, {0: 3}, [-1] * 3)
+    sequences.remove(0)
+    assert sequences.free_pages == 5  # nothing else waits
+    forward(sequences, {1: 1})
+
+
+def test_an_open_forward_is_not_changed() -> None:
+    sequences = made()
+    sequences.begin_forward([0], [3], [-1] * 3)
+    for call in (lambda: sequences.fork(0, 1, 2), lambda: sequences.popn(0, 1)):
+        with pytest.raises(RuntimeError, match="commit_tree"):
+            call()
+    with pytest.raises(RuntimeError, match="sequence 0 is part of the open forward: call end_forward first"):
+        sequences.accepted_paths([0], [1])
+
+
+def test_a_tree_knows_its_paths() -> None:
+    tree = Tree([-1, 0, -1, 1, 2])
+    assert tree.depths == [0, 1, 0, 2, 1]
+    assert tree.branches
+    assert tree.path(4) == [2, 4]
+    assert tree.path(-1) == []
+    assert not Tree([-1, 0, 1]).branches
+
+
+def test_rope_lengths_with_a_first_forward_that_chooses_for_good() -> None:
+    """Here every flag of the file holds."""
+    sequences = Sequences(2, 100, 16, 4)
+    sequences.add(0)
+    opened = sequences.begin_forward([0], [4], [-1, 0, 0, 1])
+    assert opened.positions() == [0, 1, 1, 2]
+    assert opened.rope_lengths() == [3, 3, 3, 3]
