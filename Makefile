@@ -48,7 +48,7 @@ test-gpu:
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("qwenspec needs Python 3.11 or later" if sys.version_info < (3, 11) else 0)'
-	@echo "installing into .venv, once: this takes minutes and about 2 GB"
+	@echo "installing into .venv, once: this takes minutes and about 2.5 GB"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check '$(TORCH)'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'

@@ -2,10 +2,11 @@
 #   qwenspec gen specs/qwen3.yaml --variant qwen3-0.6b --backend triton
 """qwen3-0.6b in PyTorch and Triton: `Model.load(folder)`, then the methods of `Model`, or `generate`."""
 
-from .cache import Batch, OutOfPages, PagedKVCache
+from .cache import Batch, PagedKVCache
 from .config import Config
 from .generate import Sampling, Token, generate
 from .model import Model
+from .sequences import OutOfPages
 from .weights import CheckpointError
 
 __all__ = [

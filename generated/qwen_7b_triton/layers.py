@@ -58,7 +58,15 @@ class Attention(nn.Module):
             out = decode_attention(q, k_pages, v_pages, batch.block_tables, batch.kv_lens, self.scale)
         else:
             out = prefill_attention(
-                q, k_pages, v_pages, batch.block_tables, batch.q_starts, batch.kv_lens, batch.max_q_len, self.scale
+                q,
+                k_pages,
+                v_pages,
+                batch.block_tables,
+                batch.q_starts,
+                batch.kv_lens,
+                batch.max_q_len,
+                self.scale,
+                batch.tree,
             )
         return self.o_proj(out)  # [n, hidden]
 

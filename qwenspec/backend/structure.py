@@ -43,6 +43,7 @@ class Structure:
             "FROZEN_ROPE": self.frozen,
             "ROUND_TABLES": self.round_tables,
             "ATTENTION_FACTOR": self.attention_factor,
+            "EVERY_LAYER_SLIDES": self.windows == "all",
             "EVICTS": self.windows == "all",
         }
 

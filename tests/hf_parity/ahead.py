@@ -25,7 +25,7 @@ class Ahead:
         self._packages: dict[Key, Future[Path]] = {}
         if wanted:
             spawn = multiprocessing.get_context("spawn")  # a fork would take this process's threads' locks along
-            self._pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), spawn, _leave_with_parent)
+            self._pool = ProcessPoolExecutor(min(8, os.cpu_count() or 1), spawn, _leave_with_parent)
             for (case, dtype), spec in wanted.items():
                 self._packages[case, dtype] = self._pool.submit(build, spec, folder / f"{case}-{dtype}", dtype)
 

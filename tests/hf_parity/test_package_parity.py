@@ -185,17 +185,18 @@ def test_fork_and_rollback_around_a_threshold(case: str, told: int | None, open_
 @pytest.mark.parametrize("case", ["qwen2", "qwen3", "qwen3-tied", "qwen3-yarn", "qwen2-sliding-all", "qwen1-long"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(case: str, dtype: str, open_case: Open) -> None:
-    """No further from Hugging Face in float32 than Hugging Face in bfloat16 is, times 1.5.
+    """No further from Hugging Face in float32 than Hugging Face in the same dtype is, times 1.5.
 
-    The largest of the errors is noise over few tokens: they are pooled over several batches of prompts."""
+    One batch's largest error is noise: it is one token's, and another's on another CPU. The mean over many is not."""
     oracle, runner = open_case(case, dtype)
     ours, theirs = [], []
-    for seed, steps in enumerate((WHOLE, MIXED, CHUNKED, MIXED)):
+    for seed, steps in enumerate((WHOLE, MIXED, CHUNKED, MIXED) * 3):
         ids = prompts(oracle, seed)
         exact = np.concatenate([oracle.logits(i) for i in ids])
-        theirs.append(np.concatenate([oracle.logits(i, torch.bfloat16) for i in ids]) - exact)
+        theirs.append(np.concatenate([oracle.logits(i, getattr(torch, dtype)) for i in ids]) - exact)
         ours.append(np.concatenate(feed(runner, new_cache(runner), ids, steps)) - exact)
-    assert np.abs(ours).max() <= 1.5 * np.abs(theirs).max()
+    largest, wanted = (np.abs(errors).max((1, 2)).mean() for errors in (ours, theirs))
+    assert largest <= 1.5 * wanted
     assert np.linalg.norm(ours) <= 1.5 * np.linalg.norm(theirs)
 
 

@@ -1,8 +1,9 @@
 """The paged KV cache and attention over it.
 
 The cache is TVM's: pages, sequences, forks and token trees. On CPUs every function that it calls is ours; its own
-CPU kernels walk the whole cache for each query. A sliding layer says so by a negative scale there, for the
-cache does not tell its functions which layer they work for.
+CPU kernels walk the whole cache for each query.
+[SLIDING] A sliding layer says so by a negative scale there, for the cache does not tell its functions which layer they
+[SLIDING] work for.
 """
 
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ from .decode_attention import decode_attention
 from .pages import page_functions
 from .prefill_attention import prefill_attention
 from .target import is_cpu, lanes
+
+SLIDING = True  # flag: some layer has a sliding window
 
 
 def create_cache(
@@ -82,12 +85,13 @@ def attend(cache: PagedKVCache, layer_id: int, qkv: Tensor, num_heads: int, scal
 
     qkv: [n, num_heads + 2 · num_kv_heads, head_dim], rotated, the new tokens of all sequences in the cache's dtype
     scale: of the scores, above 0, usually 1 / sqrt(head_dim)
-    window: how many of the last tokens are seen, or None for all; the layer's, as create_cache was told
+    [SLIDING] window: how many of the last tokens are seen, or None for all; the layer's, as create_cache was told
     -> [n, num_heads, head_dim]
     """
     n, heads, head_dim = qkv.shape
-    sm_scale = -scale if window is not None and is_cpu() else scale
-    out = cache.attention_with_fused_qkv(layer_id, op.reshape(qkv, (1, n, heads, head_dim)), num_heads, sm_scale)
+    if SLIDING and window is not None and is_cpu():
+        scale = -scale
+    out = cache.attention_with_fused_qkv(layer_id, op.reshape(qkv, (1, n, heads, head_dim)), num_heads, scale)
     return op.reshape(out, (n, num_heads, head_dim))
 
 

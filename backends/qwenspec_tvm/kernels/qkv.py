@@ -51,21 +51,23 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor, dtype: str, attention_fac
     return cos, sin
 
 
-def logn_scale(positions: Tensor, train_length: int) -> Tensor:
-    """LogN's factor of each query: ln(position + 1) / ln(train_length), at least 1.
+if LOGN:
 
-    positions: [n], int32
-    -> [n], float32
-    """
+    def logn_scale(positions: Tensor, train_length: int) -> Tensor:
+        """LogN's factor of each query: ln(position + 1) / ln(train_length), at least 1.
 
-    def scale(positions: te.Tensor) -> te.Tensor:
-        def value(token):
-            length = positions[token].astype("float32") + 1.0
-            return tirx.max(tirx.log(length) / tirx.const(math.log(train_length), "float32"), 1.0)
+        positions: [n], int32
+        -> [n], float32
+        """
 
-        return te.compute(positions.shape, value, "logn_scale")
+        def scale(positions: te.Tensor) -> te.Tensor:
+            def value(token):
+                length = positions[token].astype("float32") + 1.0
+                return tirx.max(tirx.log(length) / tirx.const(math.log(train_length), "float32"), 1.0)
 
-    return op.tensor_expr_op(scale, "logn_scale", [positions])
+            return te.compute(positions.shape, value, "logn_scale")
+
+        return op.tensor_expr_op(scale, "logn_scale", [positions])
 
 
 def rotate(

@@ -19,7 +19,10 @@ from .config import Config
 from .sequences import CachedSequence, Forward, Sequences
 
 SLIDING = True  # flag: some layer has a sliding window
+EVERY_LAYER_SLIDES = True  # flag: and they all have the same
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
+
+GPU_PAGE_SIZE = 16  # of TVM's own attention kernels, which run on GPUs
 
 
 class PagedKVCache:
@@ -43,6 +46,8 @@ class PagedKVCache:
 
         One forward takes at most `prefill_chunk_size` tokens, or one token of each sequence.
         `create` is the library's create_paged_kv_cache."""
+        if device.type != "cpu" and page_size != GPU_PAGE_SIZE:
+            raise ValueError(f"page_size is {page_size}, and TVM's attention for GPUs has pages of {GPU_PAGE_SIZE}")
         self.sequences = Sequences(max_batch_size, max_total_seq_len, prefill_chunk_size, page_size)
         self.page_size = page_size
         sizes = (max_batch_size, max_total_seq_len, self.sequences.max_tokens, page_size, 0)
@@ -80,6 +85,8 @@ class PagedKVCache:
         """`child` starts with the first `at` tokens of `parent` (-1: all).
 
         They share full pages. What the child needs of a page's beginning is copied; raises OutOfPages."""
+        if SLIDING:
+            self._check_gpu("a fork", refused=True)
         self.sequences.fork(parent, child, at)
         self._ids[child] = next(self._new_id)
         at = self.sequences.length(child)
@@ -100,8 +107,10 @@ class PagedKVCache:
         `tree_parents`: the new tokens are trees. For each of them the number of its parent among its own sequence's
         new tokens, which is smaller than its own, or -1 if it follows the sequence. It then sees its ancestors, at its
         depth's position. commit_tree must follow before the next forward."""
-        if SLIDING and tree_parents is not None and self._device.type != "cpu":
-            raise ValueError("token trees: TVM's attention for GPUs does not apply this model's window to them")
+        if SLIDING:
+            self._check_gpu("a token tree", refused=tree_parents is not None)
+            longest = max(lengths, default=0)
+            self._check_gpu(f"a chunk of {longest} tokens, longer than the window", longest > self._window())
         forward = self.sequences.begin_forward(seq_ids, lengths, tree_parents)
         ids = [self._ids[seq_id] for seq_id in seq_ids]
         batch = [Shape(tuple(ids)), Shape(tuple(map(int, lengths)))]
@@ -182,6 +191,17 @@ class PagedKVCache:
         for layer, kv in enumerate(cached):
             qkv = tvm.runtime.tensor(np.concatenate([queries, kv], axis=1), self._device)
             _call("attention_kv_cache_attention_with_fused_qkv", self.state, layer, 1.0, qkv, out)
+
+    if SLIDING:
+
+        def _window(self) -> int:
+            if EVERY_LAYER_SLIDES:
+                return self._config.sliding_window
+            return min(window for window in self._config.layer_windows if window is not None)
+
+        def _check_gpu(self, what: str, refused: bool) -> None:
+            if refused and self._device.type != "cpu":
+                raise ValueError(f"{what}: TVM's attention for GPUs does not apply this model's window there")
 
     if DYNAMIC_ROPE:
 

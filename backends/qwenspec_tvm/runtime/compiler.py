@@ -13,13 +13,9 @@ from tvm import IRModule, relax
 from tvm.ir import StringImm
 from tvm.ir.transform import Pass, Sequential
 from tvm.relax.transform import (
-    AnnotateTIROpPattern,
     AttachGlobalSymbol,
     CallTIRRewrite,
     ComputePrimValue,
-    FoldConstant,
-    FuseOps,
-    FuseTIR,
     KillAfterLastUse,
     LegalizeOps,
     LowerAllocTensor,
@@ -30,9 +26,9 @@ from tvm.relax.transform import (
     ToNonDataflow,
     VMShapeLower,
 )
-from tvm.s_tir import dlight
 from tvm.target import Target
 
+from . import cuda
 from .config import Config
 from .model import Decoder
 
@@ -86,18 +82,7 @@ def _operators(target: Target) -> list[Pass]:
     if target.kind.name == "llvm":
         # The kernels are TIR already, scheduled and fused by hand. What is left is small: loops as they come will do.
         return [LegalizeOps()]
-    return [
-        LegalizeOps(),
-        AnnotateTIROpPattern(),
-        FoldConstant(),
-        FuseOps(),
-        FuseTIR(),
-        # TVM's own pipeline puts dlight's Matmul rule first. In 0.27 that rule ends the process, with a segmentation
-        # fault, on float16 products that it gives to tensor cores.
-        dlight.ApplyDefaultSchedule(
-            dlight.gpu.GEMV(), dlight.gpu.Reduction(), dlight.gpu.GeneralReduction(), dlight.gpu.Fallback()
-        ),
-    ]
+    return cuda.operators()
 
 
 def _virtual_machine() -> list[Pass]:

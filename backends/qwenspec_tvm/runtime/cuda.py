@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import tvm
 import tvm_ffi
@@ -31,11 +30,11 @@ from tvm.target import Target
 from .config import Config
 from .targets import BuildError
 
-PAGE_SIZE = 16  # of TVM's attention kernels for GPUs
+HEAD_DIMS = (16, 32, 64, 128)  # a head's threads, each with 4 dimensions, then lie in one warp
 MAX_THREADS_Z = 64  # of a block
 
 
-class Matmul(dlight.gpu.Matmul):
+class Matmul:
     """dlight's rule for products, on CUDA cores.
 
     Its way to tensor cores, which it takes for float16, is closed: it ends in Schedule.tensorize, which in the 0.27
@@ -43,10 +42,11 @@ class Matmul(dlight.gpu.Matmul):
     memory, in the accumulator's dtype, for any number of rows.
     """
 
-    def apply(self, func: Any, target: Target, tunable: bool) -> s_tir.Schedule | None:
-        if not isinstance(func, tirx.PrimFunc):
-            return None
-        return super().apply(func.with_attr("dlight.do_not_tensorize", True), target, tunable)
+    def apply(self, func: tirx.PrimFunc, target: Target, tunable: bool) -> s_tir.Schedule | None:
+        # The rule asks the architecture for nothing but tensor cores, and only imports their intrinsics, for which
+        # TVMScript takes seconds, where it may use them.
+        without = Target({**target.export(), "arch": "sm_60"})
+        return dlight.gpu.Matmul().apply(func, without, tunable)
 
 
 def operators() -> list[Pass]:
@@ -73,18 +73,18 @@ def operators() -> list[Pass]:
 def check_sizes(config: Config) -> None:
     """Raises BuildError for heads that TVM's attention kernels for GPUs compute wrongly, or cannot be launched for.
 
-    They take it for granted that a block's threads divide the heads, and TVM does not look.
+    They take it for granted that blocks of threads divide the heads, and that a head's threads run in step where the
+    results of two ranges of keys are merged; TVM does not look.
     """
     heads, dim = config.num_attention_heads, config.head_dim
     group = heads // config.num_key_value_heads
-    threads = dim // 4  # a head's, each with 4 dimensions
-    rows = _fitting(group, threads, 512)
-    if dim % 8 or (dim > 224 and dim != 256):
-        reason = f"head_dim is {dim}, and must be a multiple of 8 up to 224, or 256"
-    elif group % rows or heads % _fitting(heads, threads, 1024):
+    rows = _fitting(group, dim // 4, 512)
+    if dim not in HEAD_DIMS:
+        reason = f"head_dim is {dim}, and must be one of {', '.join(map(str, HEAD_DIMS))}"
+    elif group % rows or heads % _fitting(heads, dim // 4, 1024):
         reason = f"{heads} query heads on {config.num_key_value_heads} key heads do not divide into blocks of threads"
-    elif 512 // (threads * rows) > MAX_THREADS_Z:
-        reason = f"a block of {group} query heads of {dim} is too small: they must have more than 28 values together"
+    elif 512 // (dim // 4 * rows) > MAX_THREADS_Z:
+        reason = f"{group} query head of {dim} a key head is too few: together they must have 32 values or more"
     else:
         return
     raise BuildError(f"TVM's attention kernels for GPUs do not fit this model: {reason}; use device 'cpu'")
@@ -105,8 +105,11 @@ def source(executable: relax.VMExecutable) -> str:
 
 
 def install_compiler(arch: str, cache: Path) -> None:
-    """Libraries hold their kernels as source. From now on TVM has it compiled here, when a library's first kernel
-    runs, and not with its own options: they trade accuracy for speed, in every division and exponential.
+    """From now on TVM compiles CUDA source by machine_code: not with its own options, which trade accuracy for speed
+    in every division and exponential, and not again in each process.
+
+    Call it before a library is compiled, and before one is opened: TVM asks for machine code at once where it sees a
+    GPU, and elsewhere it puts the source into the library, to be compiled where its first kernel runs.
     """
     tvm_ffi.register_global_func(
         "tvm_callback_cuda_compile", functools.partial(machine_code, arch=arch, cache=cache), override=True

@@ -22,6 +22,7 @@ from tvm.runtime import Device
 from tvm.support import cc
 from tvm.target import Target
 
+from .config import Config
 from .targets import BuildError, features, host_target
 
 HERE = Path(__file__).parent
@@ -38,6 +39,10 @@ class Library:
     module: Any  # what a virtual machine runs
 
     def open(self, device: Device) -> relax.VirtualMachine:
+        if self.metadata["target"]["kind"] == "cuda":
+            from . import cuda  # not before: it imports scheduling rules, which CPUs do without
+
+            cuda.install_compiler(self.metadata["target"]["arch"], cache_folder())
         """A virtual machine on a device of the target's kind.
 
         TVM's pools keep buffers by their exact size, so every new length of a prefill would leave its own behind:
@@ -81,7 +86,7 @@ def describe(target: Target, dtype: str) -> dict[str, Any]:
     if dtype not in DTYPES:
         raise BuildError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     manifest = json.loads((HERE / "MANIFEST.json").read_text())
-    cuda = {"arch": str(target.attrs["arch"])} if target.kind.name == "cuda" else {}
+    arch = {"arch": str(target.attrs["arch"])} if target.kind.name == "cuda" else {}
     return {
         "variant": manifest["variant"],
         "spec_sha256": manifest["spec_sha256"],
@@ -89,7 +94,7 @@ def describe(target: Target, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "target": {
             "kind": target.kind.name,
-            **cuda,
+            **arch,
             "mcpu": str((target.host or target).attrs.get("mcpu", "generic")),
             "features": features(target),
             "json": str(target),
@@ -104,6 +109,11 @@ def compile_library(target: Target, dtype: str) -> tuple[relax.VMExecutable, dic
     from .compiler import METHODS, compile_module, export  # imports the kernels, which a kept library does not need
 
     wanted = describe(target, dtype)
+    if target.kind.name == "cuda":
+        from . import cuda
+
+        cuda.check_sizes(Config())
+        cuda.install_compiler(wanted["target"]["arch"], cache_folder())
     module, params = export(dtype, target)
     metadata = {**wanted, "methods": list(METHODS), "params": params}
     return compile_module(module, target, metadata), metadata

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import json
 import os
 import re
@@ -12,7 +11,6 @@ from typing import Any
 
 import tvm
 from tvm.runtime import Device
-from tvm.support import nvcc
 from tvm.target import Target, codegen
 
 DEFAULT_ARCH = "sm_90"  # where no GPU tells its own
@@ -72,25 +70,30 @@ def find_device(name: str) -> Device:
     device = tvm.cuda(int(index[1]) if index else 0)
     if not device.exist:
         raise BuildError(f"{name!r}: no such GPU is visible here: use device 'cpu', or check nvidia-smi")
-    _choose_cuda_compiler()
     return device
 
 
 @functools.cache
 def host_target() -> Target:
-    """This machine's CPU.
+    """This machine's CPU, and the cores of it that this process may use: kernels cut their work for so many.
 
     LLVM goes by the model's name, and a virtual machine may lack what that promises or have more: where the kernel
     says which instructions work, they decide.
     """
-    named = Target({"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu()})
+    here = {"kind": "llvm", "mcpu": codegen.llvm_get_system_cpu(), "num-cores": usable_cores()}
+    named = Target(here)
     flags = _cpu_flags()
     if not flags or not _is_x86(named):
         return named
     promised = set(features(named))
     present = {feature for feature in X86 if LINUX.get(feature, feature.replace(".", "")) in flags}
     changes = [f"-{f}" for f in sorted(promised - present)] + [f"+{f}" for f in sorted(present - promised)]
-    return Target({"kind": "llvm", "mcpu": named.attrs["mcpu"], **({"mattr": changes} if changes else {})})
+    return Target({**here, "mattr": changes}) if changes else named
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def features(target: Target) -> list[str]:
@@ -119,22 +122,6 @@ def _cuda_target(config: dict[str, Any]) -> Target:
 def _arch(index: int) -> str:
     device = tvm.cuda(index)
     return "sm_" + device.compute_version.replace(".", "") if device.exist else DEFAULT_ARCH
-
-
-def _choose_cuda_compiler() -> None:
-    """TVM compiles the CUDA source in a library when it loads it, with NVRTC where nothing else is said."""
-    if "TVM_CUDA_COMPILE_MODE" in os.environ:
-        return
-    try:
-        importlib.import_module("cuda.bindings.nvrtc")
-    except ImportError as error:
-        try:
-            nvcc.find_cuda_path()
-        except RuntimeError:
-            raise BuildError(
-                "compiling for a GPU needs nvcc, or NVRTC: install CUDA, or pip install cuda-bindings nvidia-cuda-nvrtc"
-            ) from error
-        os.environ["TVM_CUDA_COMPILE_MODE"] = "nvcc"
 
 
 def _is_x86(target: Target) -> bool:

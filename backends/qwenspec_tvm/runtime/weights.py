@@ -74,9 +74,11 @@ def _memory(sizes: Sequence[int]) -> Iterator[np.ndarray]:
 
     A decode step reads all of it: with pages of 4 KiB, looking their addresses up would take a part of its time."""
     starts = np.cumsum([0, *(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes)])
-    memory = mmap.mmap(-1, int(starts[-1]))
     if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory = mmap.mmap(-1, int(starts[-1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared ones stay small
         memory.madvise(mmap.MADV_HUGEPAGE)
+    else:
+        memory = mmap.mmap(-1, int(starts[-1]))
     everything = np.frombuffer(memory, np.uint8)
     for start, size in zip(starts, sizes, strict=False):
         yield everything[start : start + size]

@@ -21,8 +21,11 @@ def prefill_attention(
     kv_lens: Tensor,
     max_q_len: int,
     scale: float,
+    tree: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale · q Kᵀ) V of each sequence's new tokens, in float32; a token sees those up to itself.
+
+    In a tree, a new token sees its sequence's earlier tokens, its ancestors and itself.
 
     q: [n, num_heads, head_dim], contiguous: the new tokens of all sequences, one sequence after the other
     k_pages, v_pages: [pages, page_size, num_kv_heads, head_dim], contiguous; the new tokens are already there
@@ -31,17 +34,19 @@ def prefill_attention(
     kv_lens: [b] int, tokens of each sequence, the new ones included
     max_q_len: the most new tokens of one sequence
     scale: of the scores, usually 1 / sqrt(head_dim)
+    tree: [n, 3] int, contiguous, each new token's depth, and in its sequence's depth-first order the first token of its
+        subtree, itself, and the one after the last; None when every token is its next one's parent
     -> [n, num_heads · head_dim]
     """
     n, heads, head_dim = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
     b, max_blocks = block_tables.shape
     if not use_triton(q):
-        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale)
+        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale, tree)
     for tensor in (q, k_pages, v_pages, block_tables):
         assert tensor.is_contiguous()
     block_dim = triton.next_power_of_2(head_dim)
-    block_m, block_n, num_warps = _blocks(q, block_dim, max_q_len)
+    block_m, block_n, num_warps = _blocks(q, block_dim, max_q_len, tree is not None)
     out = q.new_empty(n, heads * head_dim)
     _prefill_kernel[(heads, b, triton.cdiv(max_q_len, block_m))](
         q,
@@ -50,6 +55,7 @@ def prefill_attention(
         block_tables,
         q_starts,
         kv_lens,
+        tree,
         out,
         scale,
         max_blocks,
@@ -60,21 +66,24 @@ def prefill_attention(
         BLOCK_DIM=block_dim,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        TREE=tree is not None,
         num_warps=num_warps,
         num_stages=2,
     )
     return out
 
 
-def _blocks(q: Tensor, block_dim: int, max_q_len: int) -> tuple[int, int, int]:
+def _blocks(q: Tensor, block_dim: int, max_q_len: int, tree: bool) -> tuple[int, int, int]:
     """Queries and keys a block, and warps: the most that a chip's registers hold."""
     chip = architecture(q.device)
+    if tree and chip.startswith("gfx"):
+        return 16, 16, 4  # masks take scalar registers
     if q.dtype == torch.float32:
         return 32, 32, 8
     if block_dim > 128:
         return 64, 32, 4 if chip.startswith("gfx") else 8
     block_n = 64 if chip in ("sm_90", "sm_100") else 32
-    return (64, block_n, 4) if max_q_len <= 64 else (128, block_n, 8)
+    return (64, block_n, 4) if max_q_len <= 64 or tree else (128, block_n, 8)
 
 
 def _prefill_attention_torch(
@@ -85,19 +94,23 @@ def _prefill_attention_torch(
     q_starts: Tensor,
     kv_lens: Tensor,
     scale: float,
+    tree: Tensor | None,
 ) -> Tensor:
     out = torch.empty_like(q)
     starts = q_starts.tolist()
     for i, length in enumerate(kv_lens.tolist()):
         prefix = length - (starts[i + 1] - starts[i])
         oldest = 0  # the first key that some new token sees
+        nodes = None if tree is None else tree[starts[i] : starts[i + 1]]
         k, v = sequence_kv(k_pages, v_pages, block_tables[i], oldest, length)
         # In blocks, for scaled_dot_product_attention computes the scores of keys that its mask hides, too.
         for block in range(prefix, length, QUERIES):
             stop = min(block + QUERIES, length)
-            first = 0
+            first = oldest
             key, query = torch.arange(first, stop), torch.arange(block, stop).unsqueeze(1)
             mask = key <= query
+            if nodes is not None:
+                mask = _tree_mask(nodes, key - prefix, query - prefix)
             new = slice(starts[i] + block - prefix, starts[i] + stop - prefix)
             attended = F.scaled_dot_product_attention(
                 q[new].transpose(0, 1).unsqueeze(0),
@@ -111,6 +124,13 @@ def _prefill_attention_torch(
     return out.flatten(1)
 
 
+def _tree_mask(nodes: Tensor, key: Tensor, query: Tensor) -> Tensor:
+    """key [keys] and query [queries, 1] among the new tokens; what came before has negative numbers -> bool
+    [queries, keys]"""
+    first, last, order = nodes[key.clamp(min=0), 1], nodes[key.clamp(min=0), 2], nodes[query, 1]
+    return (key < 0) | ((first <= order) & (order < last))
+
+
 @triton.jit
 def _prefill_kernel(
     q_ptr,
@@ -119,6 +139,7 @@ def _prefill_kernel(
     block_tables_ptr,
     q_starts_ptr,
     kv_lens_ptr,
+    tree_ptr,
     out_ptr,
     scale,
     max_blocks,
@@ -129,6 +150,7 @@ def _prefill_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    TREE: tl.constexpr,
 ):
     """Grid (query heads, sequences, blocks of new tokens), last block first: it has the most keys."""
     head = tl.program_id(0)
@@ -148,6 +170,9 @@ def _prefill_kernel(
     row = ((q_start + m) * HEADS + head)[:, None] * HEAD_DIM
     q = tl.load(q_ptr + row + d[None, :], mask=mask, other=0.0)
     query = kv_len - q_len + m
+    if TREE:
+        node_ptr = tree_ptr + (q_start + m) * 3
+        order = tl.load(node_ptr + 1, mask=m < q_len, other=0).to(tl.int32)
     stop = tl.minimum(kv_len - q_len + (block_m + 1) * BLOCK_M, kv_len)
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * max_blocks
     # A finite start keeps exp2(peak - new_peak) from becoming NaN in blocks where a query sees no key.
@@ -164,7 +189,16 @@ def _prefill_kernel(
         k = tl.load(k_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
-        visible = key[None, :] <= query[:, None]
+        if TREE:
+            new = seen & (key >= kv_len - q_len)
+            key_ptr = tree_ptr + (q_start + key - (kv_len - q_len)) * 3
+            first = tl.load(key_ptr + 1, mask=new, other=0).to(tl.int32)
+            last = tl.load(key_ptr + 2, mask=new, other=1 << 30).to(tl.int32)  # all descend from what came before
+            # first <= order < last, in one comparison: many masks are too much for a chip's scalar registers.
+            size = tl.where(seen, last - first, 0).to(tl.uint32)
+            visible = (order[:, None] - first[None, :]).to(tl.uint32) < size[None, :]
+        else:
+            visible = key[None, :] <= query[:, None]
         scores = tl.where(visible, scores, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(scores, 1))
         weights = tl.exp2(scores - new_peak[:, None])

@@ -391,7 +391,7 @@ def test_the_package_runs_where_it_was_copied(package: Path, built: Path, weight
 
 def test_threads_follow_the_cores_of_the_process(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = part(module, "engine")
-    for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "TVM_BIND_THREADS"):
+    for name in ("TVM_NUM_THREADS", "OMP_NUM_THREADS", "TVM_BIND_THREADS", "TVM_THREAD_POOL_SPIN_COUNT"):
         monkeypatch.setenv(name, "3")
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {2, 5, 6}, raising=False)

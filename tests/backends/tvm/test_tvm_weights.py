@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,20 @@ def test_parameters_are_aligned_and_not_copied(module: ModuleType, oracle: Oracl
         assert addresses == sorted(addresses)
         size = math.prod(wanted[-1]["shape"]) * np.dtype(view).itemsize
         assert addresses[-1] + size - addresses[0] < sum(weights._size(one) + 64 for one in wanted)
+
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(not THP.exists() or "[never]" in THP.read_text(), reason="Linux gives no huge pages")
+def test_parameters_lie_on_huge_pages(module: ModuleType) -> None:
+    def huge() -> int:
+        return int(re.findall(r"AnonHugePages:\s+(\d+) kB", Path("/proc/self/smaps_rollup").read_text())[0])
+
+    before = huge()
+    (buffer,) = part(module, "weights")._memory([32 << 20])
+    buffer[:] = 1
+    assert huge() - before > 24 << 10
 
 
 def test_one_error_lists_everything_before_anything_is_compiled_or_read(
