@@ -20,9 +20,14 @@ from qwenspec_triton.runner import import_package
 from qwenspec_tvm.emit import HERE
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 16
-PLAIN = dict.fromkeys(("SLIDING", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE"), False)
+PLAIN = dict.fromkeys(("SLIDING", "EVERY_LAYER_SLIDES", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE"), False)
 CONFIG = SimpleNamespace(
-    num_hidden_layers=2, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM
+    num_hidden_layers=2,
+    num_attention_heads=HEADS,
+    num_key_value_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    sliding_window=4,
+    layer_windows=(None, 4),
 )
 
 
@@ -48,8 +53,7 @@ def new_cache(module: ModuleType, pages: int = 7, page_size: int = 4, **options:
         prefill_chunk_size=16,
         page_size=page_size,
         dtype="float32",
-        device=tvm.cpu(),
-        **options,
+        **{"device": tvm.cpu(), **options},
     )
 
 
@@ -143,15 +147,35 @@ def test_frequencies_of_each_new_token(tmp_path: Path) -> None:
     assert lengths() == [6, 6, 4, 5, 5]
 
 
-def test_trees_that_slide_are_for_cpus(tmp_path: Path) -> None:
-    cache = new_cache(package(tmp_path, SLIDING=True))
+@pytest.mark.parametrize("every_layer", [False, True])
+def test_what_tvm_computes_wrongly_on_gpus_is_refused(every_layer: bool, tmp_path: Path) -> None:
+    module = package(tmp_path, SLIDING=True, EVERY_LAYER_SLIDES=every_layer)
+    cache = new_cache(module)
     cache.add_sequence(0)
-    cache.begin_forward([0], [2], [-1, -1])
+    for device in ("cpu", "cuda"):
+        cache._device = SimpleNamespace(type=device)
+        calls = [
+            lambda: cache.begin_forward([0], [2], [-1, -1]),
+            lambda: cache.begin_forward([0], [5]),
+            lambda: cache.fork_sequence(0, 1),
+        ]
+        for call in calls:
+            if device == "cuda":
+                with pytest.raises(ValueError, match="does not apply this model's window"):
+                    call()
+            else:
+                call()
+                cache.end_forward()
+                if cache.sequences.waiting:
+                    cache.commit_tree([0], [-1])
+    cache.begin_forward([0], [4])
     cache.end_forward()
-    cache.commit_tree([0], [1])
-    cache._device = SimpleNamespace(type="cuda")
-    with pytest.raises(ValueError, match="does not apply this model's window"):
-        cache.begin_forward([0], [2], [-1, -1])
+    assert cache.length(0) == 9
+
+
+def test_pages_on_gpus_have_one_size(plain: ModuleType) -> None:
+    with pytest.raises(ValueError, match="page_size is 4, and TVM's attention for GPUs has pages of 16"):
+        new_cache(plain, device=SimpleNamespace(type="cuda"))
 
 
 def test_nothing_is_left_behind(plain: ModuleType) -> None:
