@@ -2,6 +2,11 @@
 #   qwenspec gen specs/qwen2_5.yaml --variant qwen2.5-7b-instruct --backend tvm
 """qwen2.5-7b-instruct in TVM: `Model.load(folder)`, then the methods of `Model`, or `generate`."""
 
+from importlib.util import find_spec
+
+if find_spec("tvm") is None:
+    raise ModuleNotFoundError("this package needs TVM, which is not installed: pip install apache-tvm==0.27.0.post1")
+
 from .cache import PagedKVCache
 from .checkpoint import CheckpointError
 from .config import Config

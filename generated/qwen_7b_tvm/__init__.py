@@ -2,6 +2,11 @@
 #   qwenspec gen specs/qwen1.yaml --variant qwen-7b --backend tvm
 """qwen-7b in TVM: `Model.load(folder)`, then the methods of `Model`, or `generate`."""
 
+from importlib.util import find_spec
+
+if find_spec("tvm") is None:
+    raise ModuleNotFoundError("this package needs TVM, which is not installed: pip install apache-tvm==0.27.0.post1")
+
 from .cache import PagedKVCache
 from .checkpoint import CheckpointError
 from .config import Config

@@ -401,3 +401,11 @@ def test_threads_follow_the_cores_of_the_process(module: ModuleType, monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     engine.use_all_cores()
     assert "TVM_NUM_THREADS" not in os.environ
+
+
+def test_without_tvm_a_package_says_what_to_install(tmp_path: Path) -> None:
+    package = emit(tiny_spec(), "tvm", tmp_path)
+    script = f"import sys; sys.modules['tvm'] = None; import {package.name}"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].endswith("which is not installed: pip install apache-tvm==0.27.0.post1")
