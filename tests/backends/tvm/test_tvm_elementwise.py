@@ -28,7 +28,7 @@ from qwenspec.backend.fold import declared_flags, fold
 BACKENDS = Path(__file__).parents[3] / "backends"
 FILES = {
     "triton": ("dispatch", "norm", "qkv", "activation"),
-    "tvm": ("target", "softmax", "rows", "norm", "qkv", "activation"),
+    "tvm": ("target", "attention_parts", "rows", "norm", "qkv", "activation"),
 }
 FLAGS = {
     "QK_NORM": False,
@@ -257,7 +257,7 @@ def test_rotary_tables(dtype: str, dynamic: bool, rounded: bool, factor: bool) -
 
 def test_logn_scale() -> None:
     positions = torch.tensor([0, 1, 8190, 8191, 8192, 32767, 1_000_000], dtype=torch.int32)
-    got = compiled(lambda p: load("tvm").qkv.logn_scale(p, 8192), [positions])(positions)
+    got = compiled(lambda p: load("tvm", LOGN=True).qkv.logn_scale(p, 8192), [positions])(positions)
     want = np.maximum(np.log(positions.numpy() + 1.0) / np.log(8192.0), 1)
     assert got.dtype == torch.float32
     np.testing.assert_allclose(got.numpy(), want, rtol=2e-7)
