@@ -21,7 +21,7 @@ class Taps:
         targets = importlib.import_module(f"{package.__name__}.targets")
         target = targets.find_target(device)
         outputs: dict[str, nn.Tensor] = {}
-        with target:
+        with target, compiler.quick_frames():
             decoder = compiler.Decoder(package.Config(), dtype)
             for name, module in list(_named_modules(decoder)):
                 module.forward = _keeping(outputs, name, module.forward)

@@ -24,12 +24,13 @@ from tvm.runtime import Device
 from tvm.support import cc
 from tvm.target import Target
 
+from . import cuda
 from .config import Config
 from .targets import BuildError, features, host_target
 
 HERE = Path(__file__).parent
 DTYPES = ("float32", "float16", "bfloat16")
-SOURCES = ("compiler.py", "config.py", "layers.py", "model.py", "rope.py", "kernels/*.py")
+SOURCES = ("compiler.py", "config.py", "cuda.py", "layers.py", "model.py", "rope.py", "kernels/*.py")
 MAGIC = b"qwenspec"
 
 
@@ -41,14 +42,12 @@ class Library:
     module: Any  # what a virtual machine runs
 
     def open(self, device: Device) -> relax.VirtualMachine:
-        if self.metadata["target"]["kind"] == "cuda":
-            from . import cuda  # not before: it imports scheduling rules, which CPUs do without
-
-            cuda.install_compiler(self.metadata["target"]["arch"], cache_folder())
         """A virtual machine on a device of the target's kind.
 
         TVM's pools keep buffers by their exact size, so every new length of a prefill would leave its own behind:
         on CPUs the C library's allocator does as well without."""
+        if self.metadata["target"]["kind"] == "cuda":
+            cuda.install_compiler(self.metadata["target"]["arch"], cache_folder())
         return relax.VirtualMachine(self.module, device, "naive" if device.type == "cpu" else "pooled")
 
 

@@ -29,7 +29,7 @@ def act_and_mul(gate_up: Tensor) -> Tensor:
 def _act_torch(gate: Tensor) -> Tensor:
     if ACTIVATION == "silu":
         return F.silu(gate)
-    elif ACTIVATION == "relu":  # noqa: RET505
+    elif ACTIVATION == "relu":
         return F.relu(gate)
     elif ACTIVATION == "gelu":
         return F.gelu(gate)
@@ -53,7 +53,7 @@ def _act_and_mul_kernel(gate_up_ptr, out_ptr, size, BLOCK: tl.constexpr):
 def _act(x):
     if ACTIVATION == "silu":
         return x * tl.sigmoid(x)
-    elif ACTIVATION == "relu":  # noqa: RET505
+    elif ACTIVATION == "relu":
         return tl.maximum(x, 0.0)
     elif ACTIVATION == "gelu":
         return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))

@@ -50,7 +50,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def _rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if ONE_PLUS:
         return F.rms_norm(x.float(), weight.shape, 1.0 + weight.float(), eps).to(x.dtype)
-    else:  # noqa: RET505
+    else:
         return F.rms_norm(x, weight.shape, None, eps) * weight
 
 

@@ -34,7 +34,7 @@ def _act(x: Any) -> Any:
     """float32 -> float32."""
     if ACTIVATION == "silu":
         return x * _sigmoid(x)
-    elif ACTIVATION == "relu":  # noqa: RET505
+    elif ACTIVATION == "relu":
         return T.max(x, T.float32(0))
     elif ACTIVATION == "gelu":
         return T.float32(0.5) * x * (T.float32(1) + T.erf(x * T.float32(math.sqrt(0.5))))

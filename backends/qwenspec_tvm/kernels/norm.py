@@ -54,10 +54,8 @@ def _rms_norm_te(x: te.Tensor, weight: te.Tensor, eps: float) -> te.Tensor:
 
     def scale(row, i):
         unit = x[row, i].astype("float32") * tirx.rsqrt(squares[row] / tirx.const(int(size), "float32") + eps)
-        if ONE_PLUS:
-            return (unit * (1.0 + weight[i].astype("float32"))).astype(x.dtype)
-        else:  # noqa: RET505
-            return unit.astype(x.dtype) * weight[i]
+        scaled = unit * (1.0 + weight[i].astype("float32")) if ONE_PLUS else unit.astype(x.dtype) * weight[i]
+        return scaled.astype(x.dtype)
 
     return te.compute((n, size), scale, "rms_norm")
 

@@ -53,7 +53,8 @@ def _rms_norm_te(x: te.Tensor, weight: te.Tensor, eps: float) -> te.Tensor:
 
     def scale(row, i):
         unit = x[row, i].astype("float32") * tirx.rsqrt(squares[row] / tirx.const(int(size), "float32") + eps)
-        return unit.astype(x.dtype) * weight[i]
+        scaled = unit.astype(x.dtype) * weight[i]
+        return scaled.astype(x.dtype)
 
     return te.compute((n, size), scale, "rms_norm")
 
