@@ -292,3 +292,51 @@ def logits(
         execute.save(out, found)
     if out is None or as_json:
         console.result(execute.likeliest(tokens, found), execute.likeliest_text, as_json)
+
+
+# ------------------------------------------------------------------------------------------------------ proof
+
+
+@app.command()
+@guarded
+def verify(
+    spec: Annotated[str | None, _spec()] = None,
+    variant: Variant = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option("--backend", "-b", help="Default: all that can run here.", autocompletion=_backends),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option("--weights", "-w", metavar="DIR", help="A checkpoint, at full size.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(metavar="FILE.html", help="Write a page of what was found.")] = None,
+    examples: Annotated[int | None, typer.Option(min=1, help="Default: 20, or 3 with --weights.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+    dtype: Annotated[list[Precision] | None, typer.Option(help="Default: float32 and the spec's.")] = None,
+    device: Annotated[str | None, typer.Option(help="Default: cpu.")] = None,
+    failures: Annotated[Path, typer.Option(metavar="DIR", help="Where a failure's folder goes.")] = Path("failures"),
+    replay: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Run a failure's folder again.")] = None,
+    as_json: Json = False,
+) -> ExitCode:
+    """Compare the backends with a float64 reference and with each other, on random workloads."""
+    from qwenspec.commands import verify as command
+
+    if (replay is None) == (spec is None):
+        problem = "`verify` takes a SPEC or --replay FOLDER"
+        raise SpecError([Diagnostic("usage", problem, hint="qwenspec verify --help")])
+    if spec is None:
+        assert replay is not None
+        return command.replay(replay, as_json)
+    return command.run(
+        spec,
+        report,
+        as_json,
+        variant=variant,
+        backend=backend,
+        weights=weights,
+        examples=examples,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        failures=failures,
+    )

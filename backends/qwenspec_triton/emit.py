@@ -14,11 +14,14 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    runtime = ["cache", "graphs", "weights"] + (["generate"] if shape.head != "embedding" else [])
+    runtime, shared = ["cache", "graphs", "weights"], ["checkpoint", "sequences", "text"]
+    if shape.head != "embedding":
+        runtime.append("generate")
+        shared.append("generation")
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
         **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),
         **vendor(sorted((HERE / "kernels").glob("*.py")), shape, "kernels"),
-        **common(shape, "checkpoint", "sequences", "text"),
+        **common(shape, *shared),
         **manifest(model),
     }

@@ -14,13 +14,17 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out = {"__init__"} | ({"generate"} if shape.head == "embedding" else set())
+    left_out, shared = {"__init__"}, ["checkpoint", "sequences", "text"]
+    if shape.head == "embedding":
+        left_out.add("generate")
+    else:
+        shared.append("generation")
     runtime = [file for file in sorted((HERE / "runtime").glob("*.py")) if file.stem not in left_out]
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
         **vendor(runtime, shape),
         **vendor(sorted((HERE / "kernels").glob("*.py")), shape, "kernels"),
         # TVM's cache cannot give pages back behind a window: it would lose the tokens' positions.
-        **common(shape, "checkpoint", "sequences", "text", EVICTS=False),
+        **common(shape, *shared, EVICTS=False),
         **manifest(model),
     }

@@ -1,15 +1,18 @@
-"""A generated decoder whose modules give their outputs away."""
+"""A generated decoder whose modules give their outputs away, and the kernels inside of its attention theirs."""
 
 from __future__ import annotations
 
 import importlib
-import re
-from collections.abc import Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
 from tvm import relax
 from tvm.relax.frontend import nn
+
+from qwenspec.backend.adapter import is_layer, replaced
 
 
 class Taps:
@@ -17,48 +20,108 @@ class Taps:
 
     def __init__(self, package: ModuleType, device: str, dtype: str) -> None:
         """In memory, for the target that Model.load takes by this name."""
-        compiler = importlib.import_module(f"{package.__name__}.compiler")
-        targets = importlib.import_module(f"{package.__name__}.targets")
+        compiler, layers, targets = (
+            importlib.import_module(f"{package.__name__}.{name}") for name in ("compiler", "layers", "targets")
+        )
         target = targets.find_target(device)
-        outputs: dict[str, nn.Tensor] = {}
+        recorder = _Recorder(layers)
         with target, compiler.quick_frames():
             decoder = compiler.Decoder(package.Config(), dtype)
-            for name, module in list(_named_modules(decoder)):
-                module.forward = _keeping(outputs, name, module.forward)
-            exported, _ = decoder.export_tvm(spec=_spec(decoder, outputs))
+            with recorder.attached(decoder):
+                exported, _ = decoder.export_tvm(spec=_spec(decoder, recorder.outputs))
         executable = compiler.compile_module(exported, target, {})
         self._run: Any = relax.VirtualMachine(executable, targets.find_device(device))["taps"]
-        self._names = ("logits", *outputs)
+        self._names = (*recorder.outputs, "logits")
 
-    def __call__(self, model: Any, embeds: Any, cache: Any) -> Mapping[str, Any]:
-        """embeds [1, n, hidden] of a forward that is open -> float32 tensors by address, without the 1 in front."""
+    def __call__(self, model: Any, embeds: Any, cache: Any) -> dict[str, Any]:
+        """embeds [1, n, hidden] of a forward that is open -> tensors [n, …] by address, in the order of execution."""
+        cache.check_open(embeds.shape[1])
         others = [cache.inv_freq] if hasattr(cache, "inv_freq") else []
         found = self._run(embeds, cache.state, *others, model._parameters)
         return dict(zip(self._names, found, strict=True))
 
 
+class _Recorder:
+    """Keeps outputs by address, float32, in the order in which a decoder's modules are traced."""
+
+    def __init__(self, layers: ModuleType) -> None:
+        """`layers` is the package's module of that name."""
+        self.outputs: dict[str, nn.Tensor] = {}
+        self._layers = layers
+        self._attention = ""  # the address of the attention that is traced
+
+    @contextmanager
+    def attached(self, decoder: nn.Module) -> Iterator[None]:
+        """While it lasts, the decoder's modules are recorded when they are traced. For a decoder that has no later."""
+        for name, module in _named_modules(decoder):
+            if name != "lm_head":  # whose output is the logits
+                module.forward = self._forwarding(name, module)
+        layers = self._layers
+        with replaced(layers, rotate=self._rotating(layers.rotate), attend=self._attending(layers.attend)):
+            yield
+
+    def _keep(self, address: str, output: nn.Tensor) -> None:
+        self.outputs[address] = output.astype("float32")
+
+    def _forwarding(self, name: str, module: nn.Module) -> Callable[..., Any]:
+        forward, is_attention = module.forward, isinstance(module, self._layers.Attention)
+
+        def recorded(*inputs: Any) -> Any:
+            if is_attention:
+                self._attention = name
+            output = forward(*inputs)
+            if is_layer(name):  # what the MLP adds, and the stream that it is added to
+                self._keep(name, output[0].astype("float32") + output[1].astype("float32"))
+            else:
+                self._keep(name, output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return recorded
+
+    def _rotating(self, rotate: Callable[..., nn.Tensor]) -> Callable[..., nn.Tensor]:
+        parameters = inspect.signature(rotate)
+
+        def recorded(*arguments: Any) -> nn.Tensor:
+            call = parameters.bind(*arguments).arguments
+            if "q_norm_weight" in call:
+                self._keep_heads(rotate(**call | _no_rotation(call)), call, "q_norm", "k_norm")
+            qkv = rotate(**call)
+            self._keep_heads(qkv, call, "q", "k")
+            return qkv
+
+        return recorded
+
+    def _keep_heads(self, qkv: nn.Tensor, call: dict[str, Any], *names: str) -> None:
+        heads, kv_heads = call["num_heads"], call["num_kv_heads"]
+        parts = nn.op.split(qkv, [heads, heads + kv_heads], axis=1)
+        for name, part in zip(names, parts, strict=False):  # and not the values
+            self._keep(f"{self._attention}.{name}", part)
+
+    def _attending(self, attend: Callable[..., nn.Tensor]) -> Callable[..., nn.Tensor]:
+        def recorded(*arguments: Any) -> nn.Tensor:
+            context = attend(*arguments)
+            self._keep(f"{self._attention}.context", context)
+            return context
+
+        return recorded
+
+
+def _no_rotation(call: dict[str, Any]) -> dict[str, nn.Tensor]:
+    """Arguments that turn nothing and scale nothing, so that what is left is the norm, rounded as it always is."""
+    cos = call["cos"]
+    found = {"cos": nn.op.ones(cos.shape, cos.dtype), "sin": nn.op.zeros(cos.shape, cos.dtype)}
+    if "query_scale" in call:
+        found["query_scale"] = nn.op.ones(call["query_scale"].shape, "float32")
+    return found
+
+
 def _named_modules(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    children = enumerate(module) if isinstance(module, nn.ModuleList) else vars(module).items()
+    children = enumerate(module) if isinstance(module, nn.ModuleList) else list(vars(module).items())
     for name, child in children:
         if isinstance(child, nn.Module):
             if not isinstance(child, nn.ModuleList):
                 yield f"{prefix}{name}", child
             yield from _named_modules(child, f"{prefix}{name}.")
-
-
-def _keeping(outputs: dict[str, nn.Tensor], name: str, forward: Any) -> Any:
-    is_layer = re.fullmatch(r"layers\.\d+", name) is not None
-
-    def keeping(*inputs: Any) -> Any:
-        output = forward(*inputs)
-        if is_layer:  # what the MLP adds, and the stream that it is added to
-            kept = output[0].astype("float32") + output[1].astype("float32")
-        else:
-            kept = output[0] if isinstance(output, tuple) else output
-        outputs[name] = kept.astype("float32")
-        return output
-
-    return keeping
 
 
 def _spec(decoder: Any, outputs: dict[str, nn.Tensor]) -> nn.spec.ModuleSpec:
@@ -67,7 +130,7 @@ def _spec(decoder: Any, outputs: dict[str, nn.Tensor]) -> nn.spec.ModuleSpec:
 
     def taps(*inputs: Any) -> tuple[nn.Tensor, ...]:
         logits, _ = decoder.batch_verify(*inputs)
-        return nn.op.squeeze(logits, 0), *outputs.values()
+        return *outputs.values(), nn.op.squeeze(logits, 0)
 
     method = nn.spec.MethodSpec(taps, verify.arg_names, verify.arg_specs, verify.param_mode, verify.effect_mode)
     return nn.spec.ModuleSpec(decoder, ["taps"], [method])

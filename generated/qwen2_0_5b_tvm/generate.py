@@ -5,38 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .engine import reshape
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen. temperature 0 is greedy, and then the rest does not matter."""
-
-    temperature: float = 0.0
-    top_k: int = 0  # the k most likely tokens alone; 0: all
-    top_p: float = 1.0  # the fewest most likely tokens whose probabilities reach top_p
-    seed: int = 0  # of each sequence's own generator: a sequence draws the same in any batch
-    max_tokens: int = 128
-    stop_tokens: frozenset[int] = frozenset()
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise ValueError(f"temperature and top_k are 0 or more, 0 < top_p <= 1, max_tokens at least 1; not {self}")
-
-
-@dataclass(frozen=True)
-class Token:
-    """One new token of prompt number `prompt`. `finished`: why it is the last, or None. A stop token is not shown
-    to the caller as text, but it is reported here."""
-
-    prompt: int
-    id: int
-    finished: str | None  # "stop", "length" or None
+from .generation import Sampling, Token, pack
 
 
 def generate(
@@ -98,23 +72,6 @@ def _prefill(model: Any, cache: Any, prompts: Sequence[Sequence[int]], chunk_siz
         cache.end_forward()
         last.update(zip((prompt for prompt, _, _ in chunks), logits, strict=True))
     return np.stack([last[i] for i in range(len(prompts))])
-
-
-def pack(lengths: Sequence[int], size: int) -> Iterator[list[tuple[int, int, int]]]:
-    """Cut prompts into forwards of at most `size` tokens: lists of (prompt, start, end)."""
-    forward, room = [], size
-    for prompt, length in enumerate(lengths):
-        start = 0
-        while start < length:
-            end = min(length, start + room)
-            forward.append((prompt, start, end))
-            room -= end - start
-            start = end
-            if room == 0:
-                yield forward
-                forward, room = [], size
-    if forward:
-        yield forward
 
 
 def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.random.Generator]) -> np.ndarray:

@@ -11,7 +11,8 @@ from .cache import PagedKVCache
 from .checkpoint import CheckpointError
 from .config import Config
 from .engine import Model
-from .generate import Sampling, Token, generate
+from .generate import generate
+from .generation import Sampling, Token
 from .sequences import OutOfPages
 from .targets import BuildError
 

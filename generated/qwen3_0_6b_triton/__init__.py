@@ -4,7 +4,8 @@
 
 from .cache import Batch, PagedKVCache
 from .config import Config
-from .generate import Sampling, Token, generate
+from .generate import generate
+from .generation import Sampling, Token
 from .model import Model
 from .sequences import OutOfPages
 from .weights import CheckpointError

@@ -47,6 +47,10 @@ class Cache(Protocol):
 
     def end_forward(self) -> None: ...
 
+    @property
+    def free_pages(self) -> int:
+        """Pages that no sequence holds."""
+
     def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
         """After a forward with trees: of seq_ids[i], keep new token leaves[i] and its ancestors, or none for -1.
 
@@ -86,9 +90,15 @@ class Runner(Protocol):
         support_sliding_window: bool = False,
     ) -> Cache: ...
 
-    def taps(self, ids: Ints) -> Mapping[str, Floats]:
-        """Prefill one sequence in a fresh cache and return every module's output by its address
-        (`layers.1.attention.q_norm`), and `logits` of every token [n, vocab]."""
+    def taps(self, ids: Ints, cache: Cache) -> Mapping[str, Floats]:
+        """Runs the open forward on its ids [n], whatever it is made of, as `batch_verify` would, and returns every
+        module's output by its address, in the order of execution, and the `logits` of every token last [n, vocab].
+
+        Projections and norms are [n, features]; of a layer the residual stream after it [n, hidden]. Of what kernels
+        fuse in `layers.i.attention`: `q_norm` and `k_norm` where the variant has them, `q` and `k` as the scores are
+        made of them (after RoPE and LogN), each [n, heads, head_dim], and `context`, which o_proj reads:
+        [n, num_heads, head_dim], or with heads and dimensions in one. Kernels run more often than in `batch_verify`,
+        the cache changes alike."""
 
 
 class Backend(Protocol):

@@ -7,6 +7,7 @@ only. Key/value heads are repeated when there are fewer than ranks. The vocabula
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import assert_never
 
@@ -59,6 +60,36 @@ def kv_heads_of(num_kv_heads: int, degree: int, rank: int) -> tuple[int, ...]:
     """The KV heads that the query heads of `rank` read."""
     first = rank * num_kv_heads // degree
     return tuple(range(first, first + _heads_per_rank(num_kv_heads, degree)))
+
+
+def rows_of(param: Param, degree: int, rank: int) -> tuple[range, ...]:
+    """Which rows (dim 0) of a parameter `rank` holds, one range a part, in the order in which they lie there.
+
+    `degree` is legal. Of the padded vocabulary the last ranks have fewer rows than their share: zeros follow.
+    """
+    rows = param.shape[0]
+    match param.shard:
+        case Shard.REPLICATE | Shard.ROW:
+            return (range(rows),)
+        case Shard.VOCAB:
+            share = _ceil_div(rows, degree)
+            return (range(min(rank * share, rows), min((rank + 1) * share, rows)),)
+        case Shard.COLUMN:
+            starts = itertools.accumulate((part.rows for part in param.parts), initial=0)
+            return tuple(
+                _rows_of_part(part, start, degree, rank) for part, start in zip(param.parts, starts, strict=False)
+            )
+        case _:
+            assert_never(param.shard)
+
+
+def columns_of(param: Param, degree: int, rank: int) -> range:
+    """Which columns (dim 1) of a matrix `rank` holds."""
+    columns = param.shape[1]
+    if param.shard is not Shard.ROW:
+        return range(columns)
+    share = columns // degree
+    return range(rank * share, (rank + 1) * share)
 
 
 def legal_degrees(model: Model) -> tuple[int, ...]:
@@ -115,6 +146,15 @@ def _shard_part(part: Part, degree: int) -> Part:
         return replace(part, rows=part.rows // degree)
     heads = _heads_per_rank(part.heads, degree)
     return replace(part, rows=part.rows // part.heads * heads, heads=heads)
+
+
+def _rows_of_part(part: Part, start: int, degree: int, rank: int) -> range:
+    """Of a part that starts at row `start`."""
+    if part.heads:  # query heads divide by the degree, and then the same holds of them
+        size, held = part.rows // part.heads, kv_heads_of(part.heads, degree, rank)
+        return range(start + held[0] * size, start + (held[-1] + 1) * size)
+    share = part.rows // degree
+    return range(start + rank * share, start + (rank + 1) * share)
 
 
 def _heads_per_rank(heads: int, degree: int) -> int:

@@ -150,7 +150,7 @@ class TokenSequence:
         rows = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim]
         parts = self._linear(x, [f"{prefix}.{n}" for n in names.qkv], rows, attention.bias.qkv)
         self._tap(f"{name}.qkv_proj", np.concatenate(parts, axis=-1))
-        q, k, v = (part.reshape(len(x), -1, head_dim) for part in parts)
+        q, k, v = (part.reshape(len(x), part.shape[1] // head_dim, head_dim) for part in parts)
         if attention.qk_norm == "per_head":
             q = self._norm(f"{name}.q_norm", q, f"{prefix}.{names.q_norm}")
             k = self._norm(f"{name}.k_norm", k, f"{prefix}.{names.k_norm}")
@@ -226,8 +226,8 @@ def activation(kind: Activation, x: Array) -> Array:
 
 
 def softmax(scores: Array) -> Array:
-    """Over the last axis; -inf weighs nothing."""
-    weights: Array = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    """Over the last axis, which may be empty; -inf weighs nothing."""
+    weights: Array = np.exp(scores - scores.max(axis=-1, keepdims=True, initial=-np.inf))
     total: Array = weights.sum(axis=-1, keepdims=True)
     return weights / total
 

@@ -14,7 +14,7 @@ from hypothesis import settings
 from backends.cache_machine import CacheMachine
 from hf_parity.oracle import tiny_spec
 from qwenspec.backend.emit import emit
-from qwenspec_triton.runner import import_package
+from qwenspec.backend.load import import_package
 
 SLIDING = {"attention": {"sliding_window": {"window": 6}}}
 DYNAMIC = {"rope": {"scaling": {"kind": "dynamic", "factor": 2.0}}}

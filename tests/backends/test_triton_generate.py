@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
-from qwenspec_triton.runner import import_package
+from qwenspec.backend.load import import_package
 
 PROMPTS = [[5, 3, 8, 1, 9, 2], [7], [4] * 11]
 

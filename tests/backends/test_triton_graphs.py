@@ -17,7 +17,7 @@ import torch
 from hf_parity.cases import QWEN1_LONG, scaling
 from hf_parity.oracle import QWEN1, QWEN3, Oracle, some_ids, tiny_spec
 from qwenspec.backend.emit import emit
-from qwenspec_triton.runner import import_package
+from qwenspec.backend.load import import_package
 
 CHANGES = {
     "qwen3": [QWEN3],

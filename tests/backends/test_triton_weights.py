@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_parity.oracle import QWEN1, QWEN2, QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
-from qwenspec_triton.runner import import_package
+from qwenspec.backend.load import import_package
 
 
 @pytest.fixture(scope="module")

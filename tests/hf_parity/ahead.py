@@ -39,7 +39,7 @@ class Ahead:
 
 def build(spec: Spec, folder: Path, dtype: str) -> Path:
     """Emits the TVM package of a spec and compiles it for this CPU. In a process of its own."""
-    from qwenspec_tvm.runner import import_package
+    from qwenspec.backend.load import import_package
 
     package = qwenspec.emit(spec, backend="tvm", out=folder)
     with contextlib.redirect_stderr(io.StringIO()):  # it says that it compiles

@@ -12,7 +12,7 @@ from ir_specs import make_spec
 from qwenspec.diagnostics import SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model, Shard
-from qwenspec.ir.shard import legal_degrees, obstacles, plan
+from qwenspec.ir.shard import columns_of, legal_degrees, obstacles, plan, rows_of
 
 
 def model_of(folder: Path, heads: int, kv_heads: int, width: int, vocab_size: int = 90, head_dim: int = 12) -> Model:
@@ -89,6 +89,15 @@ def test_the_ranks_hold_the_whole_model(
         for share in plan(model, degree).params:
             whole, rows = share.param, degree * share.shape[0]
             assert sum(part.rows for part in share.parts) == share.shape[0]
+            held = [rows_of(whole, degree, rank) for rank in range(degree)]
+            assert {row for ranges in held for block in ranges for row in block} == set(range(whole.shape[0]))
+            if whole.shard is not Shard.VOCAB:
+                parts = [part.rows for part in share.parts]
+                assert all([len(block) for block in ranges] == parts for ranges in held)
+            if len(whole.shape) == 2:
+                columns = [columns_of(whole, degree, rank) for rank in range(degree)]
+                assert {column for block in columns for column in block} == set(range(whole.shape[1]))
+                assert all(len(block) == share.shape[1] for block in columns)
             match whole.shard:
                 case Shard.REPLICATE:
                     assert share.shape == whole.shape
@@ -104,6 +113,36 @@ def test_the_ranks_hold_the_whole_model(
                     )
                     assert rows == whole.shape[0] + repeated
                     assert (repeated > 0) == (degree > kv_heads and whole.parts[0].name == "q")
+
+
+def test_rows_of_each_rank(tmp_path: Path) -> None:
+    """8 query heads and 2 KV heads of 12, an MLP of 40 and 90 words, on 4 ranks."""
+    params = {param.name: param for param in model_of(tmp_path, heads=8, kv_heads=2, width=40).params()}
+    expected = {
+        "layers.0.attention.qkv_proj.weight": [
+            (range(24), range(96, 108), range(120, 132)),
+            (range(24, 48), range(96, 108), range(120, 132)),
+            (range(48, 72), range(108, 120), range(132, 144)),
+            (range(72, 96), range(108, 120), range(132, 144)),
+        ],
+        "layers.0.mlp.gate_up_proj.bias": [
+            (range(10 * r, 10 * r + 10), range(40 + 10 * r, 50 + 10 * r)) for r in range(4)
+        ],
+        "layers.0.attention.o_proj.weight": [(range(48),)] * 4,
+        "layers.0.attention.o_proj.bias": [(range(48),)] * 4,
+        "embed_tokens.weight": [(range(23),), (range(23, 46),), (range(46, 69),), (range(69, 90),)],
+    }
+    for name, rows in expected.items():
+        assert [rows_of(params[name], 4, rank) for rank in range(4)] == rows
+    columns = [columns_of(params["layers.0.attention.o_proj.weight"], 4, rank) for rank in range(4)]
+    assert columns == [range(24), range(24, 48), range(48, 72), range(72, 96)]
+    assert columns_of(params["layers.0.attention.qkv_proj.weight"], 4, 3) == range(48)
+
+
+def test_a_vocabulary_smaller_than_the_ranks(tmp_path: Path) -> None:
+    """5 words on 4 ranks, two a rank: the last rank has none."""
+    embedding = model_of(tmp_path, heads=8, kv_heads=2, width=40, vocab_size=5).embed_tokens
+    assert [list(rows_of(embedding, 4, rank)[0]) for rank in range(4)] == [[0, 1], [2, 3], [4], []]
 
 
 def test_legal_degrees_of_real_sizes(tmp_path: Path) -> None:

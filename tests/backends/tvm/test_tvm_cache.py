@@ -15,8 +15,8 @@ from hypothesis import settings
 
 from backends.cache_machine import CacheMachine
 from qwenspec.backend.fold import declared_flags, fold
+from qwenspec.backend.load import import_package
 from qwenspec.backend.package import HERE as COMMON
-from qwenspec_triton.runner import import_package
 from qwenspec_tvm.emit import HERE
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 16

@@ -1,0 +1,92 @@
+"""Contenders of a case: packages are emitted to disk and imported from there, as a user would."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import io
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from qwenspec.backend.api import Runner
+from qwenspec.backend.emit import emit
+from qwenspec.backend.registry import open_runner
+from qwenspec.spec.document import Spec
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.checkpoint import StoredTensors
+from qwenspec.verify.contenders import Contender, PackageContender, ReferenceContender
+from qwenspec.verify.instruments import counting
+from qwenspec.verify.weights import random_weights, save_checkpoint
+
+
+def open_contenders(case: Case) -> dict[str, Contender]:
+    """By name, in the case's order; each with an empty cache.
+
+    Raises what opening raises: SpecError for a checkpoint that does not fit or a missing backend."""
+    return {name: _open(name, case) for name in case.contenders}
+
+
+def runner_of(case: Case, backend: str) -> Runner:
+    """A backend's package of the case's spec, on its weights."""
+    return _runner_of(case, backend)[0]
+
+
+def _runner_of(case: Case, backend: str) -> tuple[Runner, Counter[str]]:
+    return _runner(case.spec, backend, _folder_of(case, case.dtype), case.device, case.dtype)
+
+
+def _open(name: str, case: Case) -> Contender:
+    if name == REFERENCE:
+        return ReferenceContender(case.spec, _weights(case))
+    if name == HUGGING_FACE:
+        from qwenspec.verify.huggingface import HuggingFaceContender
+
+        return HuggingFaceContender(case.spec, _folder_of(case, "float32"))
+    return PackageContender(
+        name, *_runner(case.spec, name, _folder_of(case, case.dtype), case.device, case.dtype), case.sizes
+    )
+
+
+def _folder_of(case: Case, dtype: str) -> Path:
+    return case.weights or _checkpoint(case.spec, case.seed, dtype)
+
+
+def _weights(case: Case) -> Mapping[str, npt.NDArray[Any]]:
+    return random_weights(case.spec, case.seed) if case.weights is None else StoredTensors(case.weights)
+
+
+# Examples that are made smaller, and workloads on one spec, open the same packages again and again.
+@functools.lru_cache(maxsize=32)
+def _runner(spec: Spec, backend: str, weights: Path, device: str, dtype: str) -> tuple[Runner, Counter[str]]:
+    """And how often each of its kernels has run."""
+    with contextlib.redirect_stderr(io.StringIO()):  # a backend may say that it compiles
+        runner = open_runner(_package(spec, backend), weights, device, dtype)
+        calls: Counter[str] = Counter()
+        calls.update(dict.fromkeys(counting(runner, lambda name: calls.update((name,))), 0))
+    return runner, calls
+
+
+@functools.lru_cache(maxsize=64)
+def _package(spec: Spec, backend: str) -> Path:
+    return emit(spec, backend, Path(tempfile.mkdtemp(dir=_folder())))
+
+
+@functools.lru_cache(maxsize=64)
+def _checkpoint(spec: Spec, seed: int, dtype: str) -> Path:
+    folder = Path(tempfile.mkdtemp(dir=_folder()))
+    save_checkpoint(spec, random_weights(spec, seed), folder, dtype)
+    return folder
+
+
+@functools.cache
+def _folder() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="qwenspec-verify-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder

@@ -1,0 +1,277 @@
+"""`qwenspec verify`: everything that is checked of one spec, in order."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import qwenspec
+from qwenspec.backend.emit import emit
+from qwenspec.backend.load import import_package
+from qwenspec.backend.registry import find, installed
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
+from qwenspec.ir.lower import lower
+from qwenspec.spec.document import Spec
+from qwenspec.verify.bisect import module_errors
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
+from qwenspec.verify.huggingface import obstacle
+from qwenspec.verify.metrics import Verdict, bound
+from qwenspec.verify.opening import open_contenders
+from qwenspec.verify.reduce import reduced
+from qwenspec.verify.result import Check, Curve, Entrant, Failure, Verification
+from qwenspec.verify.steps import Add, CacheSizes, Forward, Poison
+
+if TYPE_CHECKING:
+    from qwenspec.verify.session import Disagreement
+
+EXAMPLES, STEPS, SEQUENCE = 20, 30, 72  # draws of an example, tokens of a sequence
+EXAMPLES_OF_CHECKPOINT, STEPS_OF_CHECKPOINT, SEQUENCE_OF_CHECKPOINT = 3, 8, 24
+SEEDS = 4  # checkpoints of random weights: opening one takes longer than a workload on it
+PROMPT = 40  # tokens of the forward whose modules are compared
+SHRINKING = 60.0  # seconds that a failure is made smaller
+ROPE_BOUND = 1e-12  # float64 on both sides
+
+Progress = Callable[[str, int], None]  # what begins now, and how much of the work is done
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. Empty `backends`: all that are installed; empty `dtypes`: float32 and the spec's own, or
+    with `weights` the spec's own."""
+
+    spec: Spec
+    command: str
+    backends: tuple[str, ...] = ()
+    weights: Path | None = None
+    examples: int | None = None
+    seed: int = 0
+    dtypes: tuple[str, ...] = ()
+    device: str = "cpu"
+    failures: Path = Path("failures")
+
+    @property
+    def subject(self) -> Spec:
+        """The spec that is run: itself where there are weights for it, else one of its structure that is small."""
+        return self.spec if self.weights is not None else reduced(self.spec)
+
+    @property
+    def resolved_dtypes(self) -> tuple[str, ...]:
+        own = self.spec.architecture.dtype
+        return self.dtypes or ((own,) if self.weights is not None else tuple(dict.fromkeys(("float32", own))))
+
+    @property
+    def resolved_examples(self) -> int:
+        """Of all dtypes together."""
+        return self.examples or (EXAMPLES if self.weights is None else EXAMPLES_OF_CHECKPOINT)
+
+
+def verify(request: Request, progress: Progress = lambda what, done: None) -> Verification:
+    """Runs every check. What differs is in the result; failures lie in folders below `request.failures`.
+
+    Raises SpecError when there is nothing to compare: a backend that was named cannot take part, none
+    can, or the checkpoint does not fit."""
+    began = time.monotonic()
+    if request.weights is not None:
+        check_fits(request.spec, request.weights)
+    entrants = list(_entrants(request))
+    backends = [entrant.name for entrant in entrants if not entrant.absent and entrant.name in installed()]
+    result = Verification(
+        spec=request.spec.variant,
+        file=request.spec.file,
+        sha256=request.spec.sha256(),
+        size=_size(request),
+        seed=request.seed,
+        command=request.command,
+        dtypes=request.resolved_dtypes,
+        versions=_versions(backends, entrants),
+        entrants=entrants,
+    )
+    for backend in backends:
+        progress(f"{backend} at full size", 0)
+        _at_full_size(request.spec, backend, result)
+    contenders = [entrant.name for entrant in entrants if not entrant.absent]
+    for number, dtype in enumerate(result.dtypes):
+        _search(request, dtype, number, contenders, result, progress)
+        progress(f"{dtype}, module by module", request.resolved_examples * (number + 1) // len(result.dtypes))
+        _module_by_module(request, dtype, contenders, result)
+    result.seconds = time.monotonic() - began
+    return result
+
+
+# -------------------------------------------------------------------------------------------------- who takes part
+
+
+def _entrants(request: Request) -> Iterator[Entrant]:
+    yield Entrant(REFERENCE, "float64, written from the formulas; reads the spec alone")
+    reasons: list[Diagnostic] = []
+    for name in request.backends or installed():
+        problem = _problem(name, request)
+        reasons += [problem] if problem else []
+        yield Entrant(name, f"a generated package, on {request.device}", problem.message if problem else "")
+    if reasons and (request.backends or len(reasons) == len(installed())):
+        raise SpecError(reasons, _exit_code(reasons))
+    missing = find_spec("transformers") is None or find_spec("torch") is None
+    reason = "transformers is not installed" if missing else obstacle(request.subject)
+    if reason is None and "float32" not in request.resolved_dtypes:
+        reason = "it computes in float32, and these are other dtypes"
+    if reason is None and request.weights is not None and not (request.weights / "config.json").exists():
+        reason = f"there is no config.json in {request.weights}"
+    yield Entrant(HUGGING_FACE, "transformers, float32, without a cache", reason or "")
+
+
+def _problem(name: str, request: Request) -> Diagnostic | None:
+    """Why a backend cannot take part."""
+    backend = find(name)
+    if reason := backend.unavailable():
+        return reason
+    if unsupported := backend.unsupported(lower(request.spec), request.spec.quantization):
+        return unsupported[0]
+    devices = [device.split()[0] for device in backend.devices()]
+    if request.device not in devices and f"{request.device}:0" not in devices:
+        message = f"the {name} backend cannot use the device `{request.device}` here"
+        return Diagnostic("no-device", message, hint=f"use {listed(devices)}")
+    return None
+
+
+def _exit_code(reasons: Sequence[Diagnostic]) -> ExitCode:
+    missing = any(reason.code.endswith("missing") for reason in reasons)
+    return ExitCode.BACKEND_MISSING if missing else ExitCode.USAGE
+
+
+def _size(request: Request) -> str:
+    arch = request.subject.architecture
+    heads, kv_heads = arch.num_attention_heads, arch.num_key_value_heads or arch.num_attention_heads
+    told = f"{arch.num_hidden_layers} layers, hidden {arch.hidden_size:,}, {heads} heads on {kv_heads}"
+    told = f"{told}, vocabulary {arch.vocab_size:,}"
+    if request.weights is not None:
+        return f"{told}, the weights in {request.weights}"
+    return f"its structure at {told}, random weights"
+
+
+def _versions(backends: Sequence[str], entrants: Sequence[Entrant]) -> dict[str, str]:
+    libraries = ["numpy", "hypothesis", *(library for name in backends for library in find(name).libraries)]
+    if any(entrant.name == HUGGING_FACE and not entrant.absent for entrant in entrants):
+        libraries.append("transformers")
+    found = {"qwenspec": qwenspec.__version__, "python": platform.python_version()}
+    for library in dict.fromkeys(libraries):
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- checks
+
+
+def _at_full_size(spec: Spec, backend: str, result: Verification) -> None:
+    """Rotary frequencies, and the tensors that are read, of the package as it is written for the spec."""
+    pair = (backend, REFERENCE)
+    with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
+        package = emit(spec, backend, folder)
+        errors = rope_errors(spec, import_package(package))
+        expected = tensors_read(spec)
+        problems = differing(tensors_of_package(package), expected)
+    rope = result.cell(pair, Check.ROPE)
+    rope.comparisons, rope.error, rope.bound = len(errors), max(errors.values()), ROPE_BOUND
+    if rope.error > rope.bound:
+        rope.verdict = Verdict.FAIL
+        length = next(length for length, error in errors.items() if error > ROPE_BOUND)
+        reason = f"{backend}: rotary frequencies or their factor are off by {errors[length]:.1e} at length {length:,}"
+        result.failures.append(Failure(reason))
+    parameters = result.cell(pair, Check.PARAMETERS)
+    parameters.comparisons, parameters.note = len(expected), f"{len(expected):,} tensors"
+    if problems:
+        parameters.verdict, parameters.note = Verdict.FAIL, f"{len(problems):,} differ"
+        result.failures.append(Failure(f"{backend} reads other tensors than the reference: {'; '.join(problems[:3])}"))
+
+
+def _search(
+    request: Request, dtype: str, number: int, contenders: Sequence[str], result: Verification, progress: Progress
+) -> None:
+    """Workloads in one dtype; a disagreement is made small and written down."""
+    import hypothesis
+    from hypothesis import strategies as st
+
+    from qwenspec.verify.search import search
+    from qwenspec.verify.session import Session
+    from qwenspec.verify.strategies import cache_sizes
+    from qwenspec.verify.watch import Watch
+
+    spec, with_weights = request.subject, request.weights is not None
+    names = tuple(name for name in contenders if name != HUGGING_FACE or dtype == "float32")
+    seeds = st.just(0) if with_weights else st.integers(0, SEEDS - 1)
+    cases = st.builds(
+        lambda seed, sizes: Case(
+            spec, request.seed * SEEDS + seed, dtype, sizes, names, request.weights, request.device
+        ),
+        seeds,
+        cache_sizes(),
+    )
+    count, dtypes = request.resolved_examples, len(result.dtypes)
+    first, last = count * number // dtypes, count * (number + 1) // dtypes
+    watch = Watch(result)
+
+    def start(session: Session) -> None:
+        what = "a smaller workload that fails" if watch.over else "workloads"
+        progress(f"{what} in {dtype}", min(first + watch.examples_so_far, last))
+        if watch.seconds_over > SHRINKING:
+            hypothesis.reject()
+        watch.start(session)
+
+    disagreement = search(
+        cases,
+        cache_sizes(),
+        examples=last - first,
+        steps=STEPS_OF_CHECKPOINT if with_weights else STEPS,
+        seed=request.seed * dtypes + number,
+        ledger=watch,
+        on_start=start,
+        max_length=SEQUENCE_OF_CHECKPOINT if with_weights else SEQUENCE,
+    )
+    watch.finish()
+    if disagreement is not None:
+        progress(f"where they part in {dtype}", last)
+        result.failures.append(_written_down(disagreement, request.failures))
+
+
+def _written_down(disagreement: Disagreement, folder: Path) -> Failure:
+    """The failure in a folder of its own, below this one."""
+    from qwenspec.verify.failure import VERDICT, write_failure
+
+    case = disagreement.case
+    name = re.sub(r"[^\w.-]", "-", f"{case.spec.variant}-{'-'.join(disagreement.pair)}-{case.dtype}")
+    written = write_failure(disagreement, folder / name)
+    verdict = json.loads((written / VERDICT).read_text(encoding="utf-8"))
+    where = f"; {verdict['parts']} parts at {verdict['module']['address']}" if verdict["module"] else ""
+    command = shlex.join(["qwenspec", "verify", "--replay", str(written)])
+    return Failure(f"{disagreement}{where}", str(written), command)
+
+
+def _module_by_module(request: Request, dtype: str, contenders: Sequence[str], result: Verification) -> None:
+    """One prompt in one forward, every module's output against the reference's."""
+    packages = tuple(name for name in contenders if name not in (REFERENCE, HUGGING_FACE))
+    sizes = CacheSizes(page_size=16, pages=-(-PROMPT // 16) + 1, max_batch_size=1, chunk=PROMPT)
+    spec = request.subject
+    case = Case(spec, request.seed * SEEDS, dtype, sizes, (REFERENCE, *packages), request.weights, request.device)
+    ids = tuple((7919 * i + 17) % spec.architecture.vocab_size for i in range(PROMPT))
+    taps = {}
+    for name, contender in open_contenders(case).items():
+        for step in (Poison(request.seed), Add(0)):
+            contender.do(step)
+        taps[name] = contender.taps(Forward({0: ids}))
+    for name in packages:
+        limit = bound(dtype, spec.architecture.num_hidden_layers, (name, REFERENCE), case.head_dtype)
+        points = tuple((module.address, module.error) for module in module_errors(taps[name], taps[REFERENCE]))
+        result.by_layer.append(Curve(name, dtype, limit, points))

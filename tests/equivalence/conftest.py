@@ -1,0 +1,131 @@
+"""Profiles, and what ran: every process counts for itself, and the first one adds up, prints and judges.
+
+EQUIVALENCE_PROFILE: `ci` (always the same examples), `thorough` (ten times as many, other ones every time), or
+`mutants` (those of ci, until the first failure, which is not made smaller).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import Phase
+
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE
+from qwenspec.verify.features import schema_features
+from qwenspec.verify.ledger import Ledger
+from qwenspec.verify.search import DEFAULTS, search
+
+PROFILE = os.environ.get("EQUIVALENCE_PROFILE", "ci")
+TIMES = 10 if PROFILE == "thorough" else 1
+FAILURES = Path("build/equivalence")
+
+hypothesis.settings.register_profile("ci", DEFAULTS, derandomize=True)
+hypothesis.settings.register_profile("thorough", DEFAULTS, max_examples=1000)
+hypothesis.settings.register_profile(
+    "mutants", DEFAULTS, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False
+)
+
+LEDGER = pytest.StashKey[Ledger]()
+FOUND = pytest.StashKey[list[dict[str, Any]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--complete", action="store_true", help="fail when the schema has a feature that no example had")
+    parser.addoption("--equivalence-report", metavar="FILE", help="write what ran, and what failed, as JSON")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile(PROFILE)
+    config.stash[LEDGER] = Ledger()
+    config.stash[FOUND] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+    os.environ["TVM_NUM_THREADS"] = "1"  # a process a core
+
+
+@pytest.fixture(scope="session")
+def ledger(request: pytest.FixtureRequest) -> Ledger:
+    return request.config.stash[LEDGER]
+
+
+@pytest.fixture
+def look(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[..., None]:
+    """look(cases, sizes, examples=…, steps=…, seed=…): fails with a folder that runs the failure again."""
+
+    def look(*strategies: Any, examples: int, seed: int, **options: Any) -> None:
+        before = ledger.examples
+        seed = seed if PROFILE != "thorough" else random.SystemRandom().randrange(1 << 32)
+        disagreement = search(
+            *strategies,
+            examples=examples * TIMES,
+            seed=seed,
+            ledger=ledger,
+            settings=hypothesis.settings.get_profile(PROFILE),
+            **options,
+        )
+        if disagreement is None:
+            return
+        found = {"test": request.node.nodeid, "pair": disagreement.pair, "examples": ledger.examples - before}
+        request.config.stash[FOUND].append(found | {"reason": disagreement.reason})
+        folder = FAILURES / request.node.name
+        if PROFILE != "mutants":
+            from qwenspec.verify.failure import write_failure
+
+            write_failure(disagreement, folder)
+        pytest.fail(f"seed {seed}: {disagreement}\nagain: qwenspec verify --replay {folder}", pytrace=False)
+
+    return look
+
+
+# ------------------------------------------------------------------------------------------------- what ran
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """A worker of pytest-xdist has gone: what it counted is added up here."""
+    output = getattr(node, "workeroutput", {})
+    if "ledger" in output:
+        node.config.stash[LEDGER].merge(Ledger.from_data(json.loads(output["ledger"])))
+        node.config.stash[FOUND] += json.loads(output["found"])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    ledger, found = config.stash[LEDGER], config.stash[FOUND]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput |= {"ledger": json.dumps(ledger.to_data()), "found": json.dumps(found)}
+        return
+    if file := config.getoption("--equivalence-report"):
+        Path(file).write_text(json.dumps({"found": found, "ran": ledger.to_data()}, indent=1))
+    if config.getoption("--complete") and not session.exitstatus and any(_missing(ledger).values()):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    ledger = config.stash[LEDGER]
+    if not ledger.examples:
+        return
+    terminalreporter.section(f"what ran: {ledger.examples} examples")
+    terminalreporter.write_line(ledger.tables())
+    for backend, features in _missing(ledger).items():
+        if not features:
+            continue
+        terminalreporter.write_line(f"{backend}: no example had {', '.join(sorted(features))}")
+
+
+def _missing(ledger: Ledger) -> dict[str, frozenset[str]]:
+    """Of each backend the features of the schema that nothing showed."""
+    backends = {name for pair in ledger.pairs for name in pair if name not in (REFERENCE, HUGGING_FACE)}
+    return {backend: ledger.missing(schema_features(), backend) for backend in sorted(backends)}

@@ -1,0 +1,243 @@
+"""Plant mistakes, one at a time, in a copy of the sources, and see which test of the suite notices.
+
+python tests/equivalence/plant.py [NAME ...] [--jobs 2] [--docs docs/mutants.md]
+
+Without names: a control run without any mistake, which must pass, and every mistake. Exit status 1 when the control
+fails or a mistake survives. What was found is kept in build/mutants.json, from which --docs writes its table: mistakes
+can be planted in several runs. NAME may have wildcards: 'tvm_*'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pytest
+from mutant import ROOT, TRITON, TVM, Mutant
+from mutants import MUTANTS
+
+KEPT = ROOT / "build/mutants.json"
+COPIED = ("qwenspec", "backends", "tests", "pyproject.toml")
+TESTS = "tests/equivalence"
+OVERLAY = "EQUIVALENCE_OVERLAY"  # the copy that the tests must import
+CONTROL = "control"
+TIME_LIMIT = 3600  # seconds of a stage
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.M)
+
+# The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
+MACHINES = f"{TESTS}/test_machines.py"
+PROPERTIES = ["-m", "not interpreter", TESTS, f"--ignore={MACHINES}"]
+TRITON_ALONE = ["-m", "not interpreter", MACHINES, "-k", "not all_backends"]
+ALL_BACKENDS = ["-m", "not interpreter", MACHINES, "-k", "all_backends"]
+INTERPRETER = ["-m", "interpreter", TESTS]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one mistake. `test`: that failed; None when every test passed."""
+
+    name: str
+    test: str | None
+    pair: str
+    examples: int | None
+    reason: str
+    seconds: int
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """As a plugin of the planted runs (-p plant): the packages under test are those of the copy."""
+    import qwenspec
+    import qwenspec_triton
+    import qwenspec_tvm
+
+    for package in (qwenspec, qwenspec_triton, qwenspec_tvm):
+        if not Path(str(package.__file__)).is_relative_to(os.environ[OVERLAY]):
+            raise pytest.UsageError(f"{package.__file__} is not in {os.environ[OVERLAY]}")
+
+
+def stages(mutant: Mutant | None) -> list[list[str]]:
+    """The parts of the suite that can notice a mistake, each a process's arguments."""
+    if mutant is None:
+        return [PROPERTIES, TRITON_ALONE, ALL_BACKENDS, INTERPRETER]
+    if mutant.interpreted:
+        return [INTERPRETER]
+    if mutant.file.startswith(TVM):
+        return [ALL_BACKENDS, PROPERTIES]
+    if mutant.file.startswith(TRITON):
+        return [TRITON_ALONE, ALL_BACKENDS, PROPERTIES, INTERPRETER]
+    return [PROPERTIES, TRITON_ALONE, ALL_BACKENDS, INTERPRETER]
+
+
+def plant(mutant: Mutant | None, sources: Path) -> Result:
+    """Run the suite on a copy of the sources that has the mistake, until a test fails."""
+    name, start = mutant.name if mutant else CONTROL, time.monotonic()
+    with tempfile.TemporaryDirectory(prefix=f"mutant-{name}-") as folder:
+        overlay = Path(folder).resolve()
+        shutil.copytree(sources, overlay, dirs_exist_ok=True)
+        if mutant:
+            mutant.apply(overlay)
+        examples = 0
+        for arguments in stages(mutant):
+            done = run(overlay, arguments)
+            found, ran = read_report(overlay / "report.json")
+            examples += ran
+            if done.returncode == pytest.ExitCode.USAGE_ERROR:
+                raise RuntimeError(f"{name}: pytest did not start\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+            if done.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
+                test, pair, reason = describe(done, found)
+                return Result(name, test, pair, examples or None, reason, round(time.monotonic() - start))
+    return Result(name, None, "", examples or None, "", round(time.monotonic() - start))
+
+
+def copy_sources(folder: Path) -> None:
+    """What the suite imports, as it is now. The test of the mistakes themselves would fail on any of them."""
+    ignored = shutil.ignore_patterns("__pycache__", "test_mutants_apply.py", ".hypothesis")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignored)
+        else:
+            shutil.copy2(source, folder / name)
+
+
+def run(overlay: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """One process of the suite, in the copy."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "plant", "-p", "no:cacheprovider", "--tb=short"]
+    paths = [overlay, overlay / "backends", overlay / TESTS]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "EQUIVALENCE_PROFILE": "mutants",
+        OVERLAY: str(overlay),
+        # A library's key has the hash of the sources that it is compiled from: mistakes do not share any by mistake.
+        "QWENSPEC_CACHE": os.environ.get("QWENSPEC_CACHE", str(ROOT / "build/mutants-libraries")),
+        "OMP_NUM_THREADS": "1",
+    }
+    environment.pop("TRITON_INTERPRET", None)
+    if "interpreter" in arguments:
+        environment["TRITON_INTERPRET"] = "1"
+    report = overlay / "report.json"
+    report.unlink(missing_ok=True)
+    command += [*arguments, f"--equivalence-report={report}"]
+    try:
+        return subprocess.run(
+            command, cwd=overlay, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
+        )
+    except subprocess.TimeoutExpired as expired:
+        output = expired.stdout.decode() if isinstance(expired.stdout, bytes) else ""
+        return subprocess.CompletedProcess(command, -1, output, f"no end after {TIME_LIMIT} s")
+
+
+def read_report(file: Path) -> tuple[list[dict[str, str]], int]:
+    """The failures that the suite described, and how many examples it had."""
+    if not file.is_file():
+        return [], 0
+    report = json.loads(file.read_text())
+    return report["found"], int(report["ran"].get("examples", 0))
+
+
+def describe(done: subprocess.CompletedProcess[str], found: list[dict[str, str]]) -> tuple[str, str, str]:
+    """The test that failed, the pair that it found apart, and why."""
+    if found:
+        first = found[0]
+        return _short(first["test"]), " / ".join(first["pair"]), first["reason"].split("\n")[0]
+    if failed := FAILED.search(done.stdout):
+        return _short(failed[1]), "", (failed[2] or "").strip()
+    if done.returncode < 0:
+        return "process", "", f"ended by signal {-done.returncode} {done.stderr[-200:]}"
+    return "collection", "", (done.stdout + done.stderr).strip().split("\n")[-1]
+
+
+def _short(test: str) -> str:
+    return test.removeprefix(f"{TESTS}/")
+
+
+# ---------------------------------------------------------------------------------------------------- table
+
+
+def table(results: dict[str, Result]) -> str:
+    """The page of every mistake and what noticed it, by file."""
+    lines = [
+        "# Planted mistakes",
+        "",
+        "The proof suite is tested by mistakes: each is planted alone in a copy of the sources, and the `ci` profile",
+        "must fail. `tests/equivalence/plant.py` wrote this page. A pair is what disagreed: a contender and what it is",
+        "compared with; without one, a property of one part failed. Examples are those of the random workloads up to",
+        "the failure.",
+        "",
+        "| file | mistake | lesson | noticed by | pair | examples | seconds |",
+        "|---|---|---|---|---|---:|---:|",
+    ]
+    for mutant in sorted(MUTANTS, key=lambda mutant: mutant.file):
+        result = results.get(mutant.name)
+        cells = [f"`{mutant.file}`", mutant.name, mutant.lesson]
+        if result is None:
+            cells += ["not planted", "", "", ""]
+        else:
+            examples = "" if result.examples is None else str(result.examples)
+            noticed = f"`{result.test}`" if result.test else "**nothing**"
+            cells += [noticed, result.pair, examples, str(result.seconds)]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    caught = sum(mutant.name in results and results[mutant.name].test is not None for mutant in MUTANTS)
+    return "\n".join([*lines, "", f"{caught} of {len(MUTANTS)} noticed.", ""])
+
+
+def load_results() -> dict[str, Result]:
+    if not KEPT.is_file():
+        return {}
+    return {name: Result(**kept) for name, kept in json.loads(KEPT.read_text()).items()}
+
+
+def keep(result: Result) -> None:
+    """Add one to what was found so far."""
+    results = load_results() | {result.name: result}
+    KEPT.parent.mkdir(exist_ok=True)
+    KEPT.write_text(json.dumps({name: asdict(one) for name, one in sorted(results.items())}, indent=1))
+
+
+def chosen(names: Sequence[str]) -> list[Mutant | None]:
+    """The mistakes of these names; of none: the control, and all of them."""
+    if not names:
+        return [None, *MUTANTS]
+    found: list[Mutant | None] = [None] if CONTROL in names else []
+    found += [mutant for mutant in MUTANTS if any(fnmatch.fnmatch(mutant.name, name) for name in names)]
+    if not found:
+        raise SystemExit(f"no mistake is called {', '.join(names)}")
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--docs", type=Path, metavar="FILE")
+    args = parser.parse_args()
+    wrong = 0
+    mutants = chosen(args.names)
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(args.jobs) as pool:
+        copy_sources(Path(folder))
+        for done in as_completed([pool.submit(plant, mutant, Path(folder)) for mutant in mutants]):
+            result = done.result()
+            keep(result)
+            wrong += (result.test is None) != (result.name == CONTROL)
+            what = f"{result.test} {result.pair}: {result.reason}" if result.test else "no test failed"
+            print(f"{result.name:36} {result.seconds:5} s  {what}", flush=True)
+    if args.docs:
+        args.docs.write_text(table(load_results()))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Specs made smaller: they stay valid and say the same, and short sequences pass their lengths."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwenspec.spec.document import Spec
+from qwenspec.spec.load import load_all
+from qwenspec.spec.rules import RULES
+from qwenspec.verify.features import features
+from qwenspec.verify.reduce import LENGTH, VOCABULARY, WIDTH, reduced
+from qwenspec.verify.reference import window_of_layer
+from qwenspec.verify.strategies import spec_of
+
+RELEASED = [spec for file in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml")) for spec in load_all(file)]
+SEQUENCE = 72  # tokens of a workload's longest sequence
+QWEN: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "max_position_embeddings": 32768,
+    "norm": {"eps": 1e-6},
+    "rope": {"theta": 1e6},
+}
+
+
+def mistakes(spec: Spec) -> list[str]:
+    return [mistake.message for rule in RULES for mistake in rule.check(spec)]
+
+
+def smaller(**changes: Any) -> Spec:
+    return reduced(spec_of(QWEN | changes))
+
+
+@pytest.mark.parametrize("spec", RELEASED, ids=lambda spec: spec.variant)
+def test_released_variants_stay_valid_and_say_the_same(spec: Spec) -> None:
+    small = reduced(spec)
+    assert mistakes(small) == []
+    assert features(small) == features(spec)
+    arch = small.architecture
+    head_dim = arch.attention.head_dim or arch.hidden_size // arch.num_attention_heads
+    assert arch.num_attention_heads * head_dim <= WIDTH
+    assert arch.vocab_size <= VOCABULARY
+    assert arch.num_hidden_layers == 2
+    assert small.quantization == spec.quantization
+    assert reduced(small) == small
+
+
+def test_there_are_all_75() -> None:
+    assert len(RELEASED) == 75
+
+
+def test_heads_keep_their_ratio_while_they_fit() -> None:
+    wide = smaller()  # 7 query heads a KV head, of 128
+    assert (wide.architecture.num_attention_heads, wide.architecture.num_key_value_heads) == (6, 2)
+    narrow = smaller(hidden_size=896, num_attention_heads=14, num_key_value_heads=2)
+    assert (narrow.architecture.num_attention_heads, narrow.architecture.num_key_value_heads) == (14, 2)
+    assert smaller(num_key_value_heads=1).architecture.num_key_value_heads == 1
+    assert smaller(num_key_value_heads=None).architecture.num_key_value_heads is None
+
+
+@pytest.mark.parametrize(
+    ("layers", "windows"),
+    [
+        ("all", [12, 12]),
+        ({"from": 0}, [12, 12]),
+        ({"from": 21}, [None, 12, 12]),
+        ({"from": 28}, [None, None]),
+        ([0, 2, 4], [12, None, 12]),
+        ([5, 11, 17], [None, 12, None]),
+        (list(range(28)), [12, 12]),
+    ],
+)
+def test_kinds_of_layers_are_kept(layers: Any, windows: list[int | None]) -> None:
+    arch = smaller(attention={"sliding_window": {"window": 4096, "layers": layers}}).architecture
+    found = [window_of_layer(arch.attention.sliding_window, i) for i in range(arch.num_hidden_layers)]
+    assert found == windows
+    assert type(arch.attention.sliding_window.layers) is type(  # type: ignore[union-attr]
+        spec_of(
+            QWEN | {"attention": {"sliding_window": {"window": 9, "layers": layers}}}
+        ).architecture.attention.sliding_window.layers  # type: ignore[union-attr]
+    )
+
+
+def test_lengths_shrink_together() -> None:
+    divisors = [1.0] * 64
+    long = {"kind": "longrope", "short_factor": divisors, "long_factor": divisors}
+    arch = smaller(
+        max_position_embeddings=131072,
+        attention={"sliding_window": {"window": 1024}, "logn": {"train_length": 32768}},
+        rope={"theta": 1e4, "scaling": long | {"original_max_position_embeddings": 32768}},
+    ).architecture
+    assert arch.attention.sliding_window is not None
+    assert arch.attention.logn is not None
+    assert arch.attention.sliding_window.window == LENGTH
+    assert arch.attention.logn.train_length == arch.rope.scaling.original_max_position_embeddings == 2 * LENGTH  # type: ignore[union-attr]
+    assert arch.max_position_embeddings == 8 * LENGTH  # four times the original length, as before
+    assert arch.rope.scaling.long_factor == tuple(divisors)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"kind": "dynamic", "factor": 4.0},
+        {"kind": "dynamic_qwen1", "train_length": 8192},
+        {"kind": "yarn", "factor": 4.0, "original_max_position_embeddings": 8192},
+    ],
+)
+def test_sequences_pass_the_lengths_of_rope(scaling: dict[str, Any]) -> None:
+    arch = smaller(rope={"theta": 1e6, "scaling": scaling}).architecture
+    told = arch.rope.scaling.model_dump() | {"dynamic": arch.max_position_embeddings}  # type: ignore[union-attr]
+    length = told.get("train_length") or told.get("original_max_position_embeddings") or told["dynamic"]
+    assert 2 * length + 1 < SEQUENCE
+
+
+def test_what_is_small_stays() -> None:
+    small = spec_of(
+        QWEN
+        | {"vocab_size": 40, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+        | {"intermediate_size": 48, "num_hidden_layers": 1, "max_position_embeddings": 64}
+    )
+    assert reduced(small) == small
+
+
+def test_skipped_modules_of_layers_that_went_are_forgotten() -> None:
+    skip = ["model.layers.1.mlp.down_proj", "model.layers.20.mlp.down_proj"]
+    spec = spec_of(QWEN)
+    quantized = Spec.model_validate(
+        spec.model_dump(mode="json", by_alias=True) | {"quantization": {"scheme": "int8", "skip": skip}}, strict=False
+    )
+    small = reduced(quantized)
+    assert small.quantization is not None
+    assert small.quantization.skip == (skip[0],)
