@@ -44,13 +44,13 @@ def run(spec: str, page: Path | None, as_json: bool, **options: Any) -> ExitCode
     )
     with _bar(request.resolved_examples) as progress:
         result = verify(request, progress)
-    if page is not None:
-        page.write_text(report.page(result), encoding="utf-8")
-        console.note(f"wrote {page}")
     if as_json:
         console.show_json(result.to_data())
     else:
         console.show(_painted(report.table(result)))
+    if page is not None:
+        page.write_text(report.page(result), encoding="utf-8")
+        console.note(f"wrote {page}")
     return ExitCode.CHECK_FAILED if result.verdict is Verdict.FAIL else ExitCode.OK
 
 

@@ -75,18 +75,29 @@ def _is_failure(folder: Path) -> bool:
 
 
 def _standalone(case: Case) -> Case:
-    """The case without what lies beside its spec, or is named from the folder that is the current one now."""
-    spec, checkpoint = case.spec, case.spec.architecture.checkpoint
-    if isinstance(checkpoint.layout, str) and checkpoint.layout not in builtin_layouts():
-        inline = spec.architecture.model_copy(update={"checkpoint": Checkpoint(layout=spec.layout)})
-        spec = spec.model_copy(update={"architecture": inline})
-    return dataclasses.replace(case, spec=spec, weights=case.weights and case.weights.absolute())
+    """The case without what its spec has beside it, and what is named from the folder that is the current one now."""
+    return dataclasses.replace(case, spec=_with_layout(case.spec), weights=case.weights and case.weights.absolute())
+
+
+def _with_layout(spec: Spec) -> Spec:
+    """The spec, with its checkpoint layout in it where that is a file of its own."""
+    layout = spec.architecture.checkpoint.layout
+    if not isinstance(layout, str) or layout in builtin_layouts():
+        return spec
+    architecture = spec.architecture.model_copy(update={"checkpoint": Checkpoint(layout=spec.layout)})
+    return spec.model_copy(update={"architecture": architecture})
+
+
+def spec_file(spec: Spec) -> str:
+    """The text of a spec file that has this variant alone and needs no other file."""
+    data = _with_layout(spec).model_dump(mode="json", by_alias=True, exclude={"variant", "layout"})
+    tree = data | {"default_variant": spec.variant, "variants": {spec.variant: {}}}
+    return write_spec(tree, ("A variant that contenders differed on, as small as it was made.",))
 
 
 def _write_files(disagreement: Disagreement, case: Case, folder: Path, final: Path) -> None:
     verdict = _verdict(disagreement)
-    notes = ("The variant that a verification failed on, made as small as it still fails on.",)
-    (folder / "spec.yaml").write_text(write_spec(_tree(case.spec), notes), encoding="utf-8")
+    (folder / "spec.yaml").write_text(spec_file(case.spec), encoding="utf-8")
     _write_json(folder / CASE, case.to_data())
     _write_json(folder / WORKLOAD, [to_data(step) for step in disagreement.steps])
     _write_json(folder / "versions.json", _versions())
@@ -96,12 +107,6 @@ def _write_files(disagreement: Disagreement, case: Case, folder: Path, final: Pa
             outputs: dict[str, Any] = dict(disagreement.outputs)
             np.savez_compressed(file, **outputs)
     (folder / "README.txt").write_text(_readme(disagreement, case, verdict, final), encoding="utf-8")
-
-
-def _tree(spec: Spec) -> dict[str, Any]:
-    """A spec file with one variant."""
-    data = spec.model_dump(mode="json", by_alias=True, exclude={"variant", "layout"})
-    return data | {"default_variant": spec.variant, "variants": {spec.variant: {}}}
 
 
 def _write_json(file: Path, data: Any) -> None:
@@ -294,7 +299,8 @@ def _read_json(file: Path) -> Any:
     except OSError as error:
         message = f"the file cannot be read: {error.strerror}"
         hint = "`qwenspec verify --replay` takes a folder that a failed verification wrote"
-        raise SpecError([Diagnostic("unreadable", message, Location(str(file), 0, 0), hint)]) from error
+        code = "file-not-found" if isinstance(error, FileNotFoundError) else "unreadable-file"
+        raise SpecError([Diagnostic(code, message, Location(str(file), 0, 0), hint)]) from error
     except _DAMAGE as error:
         _damaged(file, error)
 

@@ -75,7 +75,7 @@ class HuggingFaceContender:
         return {"logits": self._forward(step)}
 
     def _forward(self, step: Forward) -> Rows:
-        rows: list[Rows] = []
+        rows: list[npt.NDArray[np.float32]] = []
         for seq, ids in step.tokens.items():
             before = self._tokens[seq]
             if step.trees is None:
@@ -87,7 +87,7 @@ class HuggingFaceContender:
                 rows += [self._logits(before + _path(ids, parents, node))[-1:] for node in range(len(ids))]
         return np.concatenate(rows)
 
-    def _logits(self, ids: list[int]) -> Rows:
+    def _logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         import torch
         from torch.nn.functional import normalize
 

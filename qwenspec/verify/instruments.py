@@ -24,16 +24,16 @@ def counting(runner: Runner, count: Count) -> frozenset[str]:
     """From now on `count(name)` is called whenever a kernel of the runner's package runs; -> every name it can report.
 
     One that never comes is of a kernel that nothing ran. To be called once on a runner, before its caches are created.
-    On GPUs a replayed CUDA graph reports nothing. Raises TypeError for a runner of another backend.
+    On GPUs a replayed CUDA graph reports nothing. Of other backends than Triton's and TVM's nothing is known: no names.
     """
-    module: ModuleType = runner.module  # type: ignore[attr-defined]  # both runners have it
+    opened: Any = runner
     match type(runner).__name__:
         case "TritonRunner":
-            return _count_triton(module, count)
+            return _count_triton(opened.module, count)
         case "TvmRunner":
-            return _count_tvm(module, runner, count)
-        case other:
-            raise TypeError(f"a {other} is neither a TritonRunner nor a TvmRunner")
+            return _count_tvm(opened.module, opened, count)
+        case _:
+            return frozenset()
 
 
 # --------------------------------------------------------------------------------------------------- Triton
@@ -113,9 +113,8 @@ _OF_CACHE = {
 
 def _count_tvm(package: ModuleType, runner: Any, count: Count) -> frozenset[str]:
     """Opens the library once more, in a virtual machine that reports its calls, and gives it to the runner's model."""
-    import tvm
-
     targets, libraries, model = _part(package, "targets"), _part(package, "library"), runner.model
+    tvm = libraries.tvm  # qwenspec itself imports no tensor library
     library = libraries.find_library(targets.find_target(runner._device), model.dtype)
     create = tvm.get_global_func(_CREATE)
     tvm.register_global_func(_CREATE, _counting_create(create, count), override=True)
@@ -181,7 +180,7 @@ def _counting_create(create: Callable[..., Any], count: Count) -> Callable[..., 
     def counted(argument: Any, name: str) -> Any:
         if callable(argument):
             return _counted_call(argument, name, count)
-        return [_counted_call(one, name, count) if callable(one) else one for one in argument]  # ("tirx", function)
+        return [counted(one, name) if callable(one) else one for one in argument]  # ("tirx", function), or none
 
     def counting_create(*arguments: Any) -> Any:
         wrapped = list(arguments)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwenspec.verify.case import Case
+from qwenspec.verify.contenders import Rows
 from qwenspec.verify.metrics import Comparison, Verdict
 
 Pair = tuple[str, str]  # a contender, and what it is compared with
@@ -71,8 +72,8 @@ class Ledger:
         """A step that all contenders have done: `forward.batch_decode`, `fork`, `out of pages`, …"""
         self.steps[kind] += 1
 
-    def compared(self, pair: Pair, dtype: str, comparison: Comparison) -> None:
-        """The rows of a forward."""
+    def compared(self, pair: Pair, dtype: str, comparison: Comparison, outputs: Mapping[str, Rows]) -> None:
+        """The rows of a forward. `outputs`: every contender's."""
         self.comparisons.setdefault((pair, dtype), Compared()).add(comparison)
 
     def kernels_ran(self, contender: str, calls: Counter[str]) -> None:

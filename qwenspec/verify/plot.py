@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from qwenspec.verify.result import Curve
@@ -72,9 +72,15 @@ def plot(title: str, curves: Sequence[Curve], order: Sequence[str]) -> Plot | No
         return round(HEIGHT - BOTTOM - part * (HEIGHT - BOTTOM - TOP), 1)
 
     keys = list(dict.fromkeys(key for curve in sorted(curves, key=_size) for key, _ in curve.points))
-    if all(isinstance(key, int) for key in keys):
-        keys.sort()
-    at = {key: round(LEFT + i / max(1, len(keys) - 1) * (WIDTH - LEFT - RIGHT), 1) for i, key in enumerate(keys)}
+    by_position = isinstance(keys[0], int)
+    places = {key: int(key) if by_position else i for i, key in enumerate(keys)}
+    first, last = min(places.values()), max(places.values())
+
+    def x(place: float) -> float:
+        return round(LEFT + (place - first) / max(1, last - first) * (WIDTH - LEFT - RIGHT), 1)
+
+    at = {key: x(place) for key, place in places.items()}
+    x_ticks = _position_ticks(first, last, x) if by_position else _layer_ticks(at)
     lines = []
     for curve in curves:
         marks = [Mark(at[key], y(value), f"{curve.contender}, {key}: {value:.2e}") for key, value in curve.points]
@@ -83,8 +89,6 @@ def plot(title: str, curves: Sequence[Curve], order: Sequence[str]) -> Plot | No
         style = order.index(curve.contender) % STYLES
         lines.append(Line(curve.contender, style, points, tuple(marks[::every]), curve.bound, y(curve.bound)))
     bounds = dict.fromkeys(Tick(line.bound_at, f"bound {line.bound:.0e}".replace("e-0", "e-")) for line in lines)
-    by_position = isinstance(keys[0], int)
-    x_ticks = _position_ticks(at) if by_position else _layer_ticks(at)
     return Plot(
         title,
         "position" if by_position else "layer",
@@ -114,10 +118,9 @@ def _power(power: int) -> str:
     return f"10{superscript}"
 
 
-def _position_ticks(at: dict[str | int, float]) -> tuple[Tick, ...]:
-    keys = [int(key) for key in at]
-    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if (keys[-1] - keys[0]) / s < LABELS)
-    return tuple(Tick(at[key], str(key)) for key in keys if key % step == 0)
+def _position_ticks(first: int, last: int, x: Callable[[float], float]) -> tuple[Tick, ...]:
+    step = next(s for s in (1, 2, 5, 10, 20, 50, 100, 200, 500, 10**9) if (last - first) / s < LABELS)
+    return tuple(Tick(x(position), str(position)) for position in range(first, last + 1) if position % step == 0)
 
 
 def _layer_ticks(at: dict[str | int, float]) -> tuple[Tick, ...]:

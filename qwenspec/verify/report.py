@@ -41,11 +41,12 @@ def summary(result: Verification) -> str:
     drawn = f"{_counted(len(result.examples), 'example')} in {_names(result.dtypes)}"
     told = [f"{drawn}: {_counted(rows, 'row')} of logits compared."]
     if rows:
-        told.append(f"The largest error is {percent(used)} of what its bound allows.")
-        if near_ties:
-            told.append(f"In {_counted(near_ties, 'row')} two contenders prefer different tokens, which nearly tie.")
-        else:
-            told.append("All prefer the same token in every row.")
+        part = f"{used:,.0f} times" if used >= 10 else f"{percent(used)} of"
+        told.append(f"The largest error is {part} what its bound allows.")
+    if near_ties:
+        told.append(f"In {_counted(near_ties, 'row')} two contenders prefer different tokens, which nearly tie.")
+    elif rows and result.verdict is Verdict.PASS:
+        told.append("All prefer the same token in every row.")
     return " ".join(told)
 
 
@@ -84,8 +85,11 @@ def share(value: float) -> str:
 
 
 def percent(part: float) -> str:
+    """Of a bound, or how many times it."""
     if not math.isfinite(part):
         return "not finite"
+    if part >= 10:
+        return f"{part:,.0f}×"
     return f"{part:.0%}" if part >= 0.1 or part == 0 else f"{part:.1%}" if part >= 0.001 else "<0.1%"
 
 
@@ -172,7 +176,8 @@ def _figures(result: Verification) -> list[Figure]:
     figures = [
         Figure(
             "Error by layer",
-            "Every module's output on one prompt, in the order of execution, against the float64 reference.",
+            "Every module's output on one prompt, in the order of execution, against the float64 reference. "
+            "Zeros are drawn at the bottom.",
             _plots(result.by_layer, order),
         ),
         Figure(

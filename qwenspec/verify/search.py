@@ -48,18 +48,24 @@ def search(
     ledger: Ledger,
     settings: hypothesis.settings | None = None,
     on_start: Callable[[Session], None] = lambda session: None,
+    on_disagreement: Callable[[Disagreement], None] = lambda disagreement: None,
     max_length: int = 72,
 ) -> Disagreement | None:
     """Draw `examples` cases with workloads of up to `steps` draws each; the smallest disagreement, if there is one.
 
-    Other errors than disagreements are raised as they are. The same seed draws the same examples."""
+    `on_start` is told of every example that begins, and `on_disagreement` of every disagreement: of those on the way to
+    the smallest too. Other errors are raised as they are. The same seed draws the same examples."""
     found: list[Disagreement] = []
 
     def count(session: Session) -> None:
         ledger.example(session.case, features(session.case.spec), session.pairs)
         on_start(session)
 
-    machine = hypothesis.seed(seed)(workload(cases, sizes, ledger, count, found.append, max_length))
+    def keep(disagreement: Disagreement) -> None:
+        found.append(disagreement)
+        on_disagreement(disagreement)
+
+    machine = hypothesis.seed(seed)(workload(cases, sizes, ledger, count, keep, max_length))
     limits = hypothesis.settings(settings or DEFAULTS, max_examples=examples, stateful_step_count=steps)
     try:
         run_state_machine_as_test(machine, settings=limits)

@@ -95,7 +95,7 @@ class Session:
         for pair in self.pairs:
             limit = bound(case.dtype, case.spec.architecture.num_hidden_layers, pair, case.head_dtype)
             found = compare(outputs[pair[0]], outputs[pair[1]], limit)
-            self.ledger.compared(pair, case.dtype, found)
+            self.ledger.compared(pair, case.dtype, found, outputs)
             if found.verdict is Verdict.FAIL:
                 reason = f"error {found.error:.3g} in row {found.worst_row}, where {limit:.3g} is allowed"
                 raise self._disagreement(pair, reason, found, outputs)

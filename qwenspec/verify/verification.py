@@ -8,12 +8,12 @@ import re
 import shlex
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import qwenspec
 from qwenspec.backend.emit import emit
@@ -21,9 +21,11 @@ from qwenspec.backend.load import import_package
 from qwenspec.backend.registry import find, installed
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
 from qwenspec.ir.lower import lower
+from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import module_errors
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.contenders import Rows
 from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.metrics import Verdict, bound
@@ -33,10 +35,12 @@ from qwenspec.verify.result import Check, Curve, Entrant, Failure, Verification
 from qwenspec.verify.steps import Add, CacheSizes, Forward, Poison
 
 if TYPE_CHECKING:
-    from qwenspec.verify.session import Disagreement
+    from qwenspec.verify.session import Disagreement, Session
+    from qwenspec.verify.watch import Watch
 
 EXAMPLES, STEPS, SEQUENCE = 20, 30, 72  # draws of an example, tokens of a sequence
 EXAMPLES_OF_CHECKPOINT, STEPS_OF_CHECKPOINT, SEQUENCE_OF_CHECKPOINT = 3, 8, 24
+DTYPES = get_args(Dtype)
 SEEDS = 4  # checkpoints of random weights: opening one takes longer than a workload on it
 PROMPT = 40  # tokens of the forward whose modules are compared
 SHRINKING = 60.0  # seconds that a failure is made smaller
@@ -68,7 +72,8 @@ class Request:
     @property
     def resolved_dtypes(self) -> tuple[str, ...]:
         own = self.spec.architecture.dtype
-        return self.dtypes or ((own,) if self.weights is not None else tuple(dict.fromkeys(("float32", own))))
+        default = (own,) if self.weights is not None else ("float32", own)
+        return tuple(dict.fromkeys(self.dtypes or default))
 
     @property
     def resolved_examples(self) -> int:
@@ -200,50 +205,65 @@ def _at_full_size(spec: Spec, backend: str, result: Verification) -> None:
 def _search(
     request: Request, dtype: str, number: int, contenders: Sequence[str], result: Verification, progress: Progress
 ) -> None:
-    """Workloads in one dtype; a disagreement is made small and written down."""
-    import hypothesis
-    from hypothesis import strategies as st
-
-    from qwenspec.verify.search import search
-    from qwenspec.verify.session import Session
-    from qwenspec.verify.strategies import cache_sizes
+    """Workloads in one dtype. A disagreement is made small and written down, and the others go on without that one."""
     from qwenspec.verify.watch import Watch
 
-    spec, with_weights = request.subject, request.weights is not None
-    names = tuple(name for name in contenders if name != HUGGING_FACE or dtype == "float32")
-    seeds = st.just(0) if with_weights else st.integers(0, SEEDS - 1)
-    cases = st.builds(
-        lambda seed, sizes: Case(
-            spec, request.seed * SEEDS + seed, dtype, sizes, names, request.weights, request.device
-        ),
-        seeds,
-        cache_sizes(),
-    )
     count, dtypes = request.resolved_examples, len(result.dtypes)
     first, last = count * number // dtypes, count * (number + 1) // dtypes
     watch = Watch(result)
 
-    def start(session: Session) -> None:
-        what = "a smaller workload that fails" if watch.over else "workloads"
+    def tell(what: str) -> None:
         progress(f"{what} in {dtype}", min(first + watch.examples_so_far, last))
+
+    names = tuple(name for name in contenders if name != HUGGING_FACE or dtype == "float32")
+    while len(names) > 1:
+        disagreement = _workloads(request, dtype, names, max(1, last - first), watch, tell)
+        if disagreement is None:
+            break
+        tell("where they part")
+        result.failures.append(_written_down(disagreement, request.failures))
+        names = tuple(name for name in names if name != disagreement.pair[0])
+        watch.go_on()
+    watch.finish()
+
+
+def _workloads(
+    request: Request,
+    dtype: str,
+    names: tuple[str, ...],
+    examples: int,
+    watch: Watch,
+    tell: Callable[[str], None],
+) -> Disagreement | None:
+    """So many workloads by these contenders; the smallest disagreement that was found in time."""
+    import hypothesis
+    from hypothesis import strategies as st
+
+    from qwenspec.verify.search import DEFAULTS, search
+    from qwenspec.verify.strategies import cache_sizes
+
+    def start(session: Session) -> None:
+        tell("a smaller workload that fails" if watch.over else "workloads")
         if watch.seconds_over > SHRINKING:
             hypothesis.reject()
         watch.start(session)
 
-    disagreement = search(
-        cases,
+    def case(seed: int, sizes: CacheSizes) -> Case:
+        return Case(spec, request.seed * SEEDS + seed, dtype, sizes, names, request.weights, request.device)
+
+    spec, with_weights = request.subject, request.weights is not None
+    return search(
+        st.builds(case, st.just(0) if with_weights else st.integers(0, SEEDS - 1), cache_sizes()),
         cache_sizes(),
-        examples=last - first,
+        examples=examples,
         steps=STEPS_OF_CHECKPOINT if with_weights else STEPS,
-        seed=request.seed * dtypes + number,
+        seed=request.seed * len(DTYPES) + DTYPES.index(dtype),
         ledger=watch,
+        settings=hypothesis.settings(DEFAULTS, verbosity=hypothesis.Verbosity.quiet),  # stdout is for the result
         on_start=start,
+        on_disagreement=watch.fail,
         max_length=SEQUENCE_OF_CHECKPOINT if with_weights else SEQUENCE,
     )
-    watch.finish()
-    if disagreement is not None:
-        progress(f"where they part in {dtype}", last)
-        result.failures.append(_written_down(disagreement, request.failures))
 
 
 def _written_down(disagreement: Disagreement, folder: Path) -> Failure:
@@ -266,12 +286,18 @@ def _module_by_module(request: Request, dtype: str, contenders: Sequence[str], r
     spec = request.subject
     case = Case(spec, request.seed * SEEDS, dtype, sizes, (REFERENCE, *packages), request.weights, request.device)
     ids = tuple((7919 * i + 17) % spec.architecture.vocab_size for i in range(PROMPT))
-    taps = {}
+    taps: dict[str, Mapping[str, Rows]] = {}
     for name, contender in open_contenders(case).items():
-        for step in (Poison(request.seed), Add(0)):
-            contender.do(step)
-        taps[name] = contender.taps(Forward({0: ids}))
-    for name in packages:
+        try:
+            for step in (Poison(request.seed), Add(0)):
+                contender.do(step)
+            taps[name] = contender.taps(Forward({0: ids}))
+        except Exception as error:  # whatever a package raises, the others are still to be seen
+            if name == REFERENCE:
+                raise
+            reason = f"{name}, module by module in {dtype}: {type(error).__name__}: {error}"
+            result.failures.append(Failure(reason))
+    for name in (name for name in packages if name in taps):
         limit = bound(dtype, spec.architecture.num_hidden_layers, (name, REFERENCE), case.head_dtype)
         points = tuple((module.address, module.error) for module in module_errors(taps[name], taps[REFERENCE]))
         result.by_layer.append(Curve(name, dtype, limit, points))

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 
 import numpy as np
 
 from qwenspec.verify.case import REFERENCE, Case
-from qwenspec.verify.contenders import Contender, Rows
+from qwenspec.verify.contenders import Rows
 from qwenspec.verify.history import NOTHING, History, Seen, brief
 from qwenspec.verify.ledger import Ledger
 from qwenspec.verify.metrics import Comparison, Verdict
 from qwenspec.verify.result import Curve, Example, NearTie, Verification
 from qwenspec.verify.session import Disagreement, Pair, Session
-from qwenspec.verify.steps import Forward, Step, kind_of
+from qwenspec.verify.steps import Forward, kind_of
 
 
 class Watch(Ledger):
-    """Follows the sessions of one search and fills in a Verification: its cells, near ties and examples.
+    """Follows the sessions of searches in one dtype and fills in a Verification: its cells, near ties and examples.
 
-    Nothing is kept after the first disagreement: from there on Hypothesis runs the same again, only smaller."""
+    Nothing is kept after a disagreement, when Hypothesis runs the same again, only smaller, until `go_on`."""
 
     def __init__(self, result: Verification) -> None:
         super().__init__()
@@ -31,7 +32,6 @@ class Watch(Ledger):
         self._first = len(result.examples)
         self._over_since: float | None = None
         self._seen: Seen = NOTHING
-        self._latest: dict[str, Rows] = {}  # logits of the step that is being done
 
     def start(self, session: Session) -> None:
         """To be told of every session before its first step."""
@@ -39,17 +39,6 @@ class Watch(Ledger):
             return
         self._session, self._history = session, History()
         self._steps: list[str] = []
-        session.contenders = {name: _Overheard(own, self._latest) for name, own in session.contenders.items()}
-        do = session.do
-
-        def watched(step: Step) -> bool:
-            try:
-                return do(step)
-            except Disagreement as disagreement:
-                self._fail(disagreement)
-                raise
-
-        session.do = watched  # type: ignore[method-assign]
 
     @property
     def over(self) -> bool:
@@ -77,18 +66,22 @@ class Watch(Ledger):
         if isinstance(step, Forward) and not any(steps is self._steps for _, steps in self._examples[-1:]):
             self._examples.append((self._session.case, self._steps))
 
-    def compared(self, pair: Pair, dtype: str, comparison: Comparison) -> None:
-        super().compared(pair, dtype, comparison)
+    def compared(self, pair: Pair, dtype: str, comparison: Comparison, outputs: Mapping[str, Rows]) -> None:
+        super().compared(pair, dtype, comparison, outputs)
         if self.over:
             return
         for check in sorted(self._seen.checks):
             self.result.cell(pair, check, dtype).add(comparison)
-        actual, expected = self._latest[pair[0]], self._latest[pair[1]]
+        actual, expected = outputs[pair[0]], outputs[pair[1]]
         if comparison.verdict is Verdict.AMBIGUOUS:
             self._near_ties(pair, dtype, actual, expected)
         if pair[1] == REFERENCE and actual.shape == expected.shape:
             self.bounds[pair[0], dtype] = comparison.bound
             self._positions(pair[0], dtype, actual, expected)
+
+    def go_on(self) -> None:
+        """Another search begins."""
+        self._over_since = None
 
     def finish(self) -> None:
         """Writes down what was gathered over all sessions."""
@@ -97,12 +90,14 @@ class Watch(Ledger):
             told = (
                 f"{sizes.pages} pages of {sizes.page_size}, {sizes.max_batch_size} sequences, chunks of {sizes.chunk}"
             )
-            self.result.examples.append(Example(number, case.dtype, case.seed, told, tuple(steps)))
+            told += ", gives pages back" if sizes.evicts else ""
+            self.result.examples.append(Example(number, case.dtype, case.seed, told, tuple(_counted(steps))))
         for (name, dtype), errors in self._by_position.items():
             self.result.by_position.append(Curve(name, dtype, self.bounds[name, dtype], tuple(sorted(errors.items()))))
 
-    def _fail(self, disagreement: Disagreement) -> None:
-        """A comparison has its cells; of what failed without one, the step says what it was about."""
+    def fail(self, disagreement: Disagreement) -> None:
+        """To be told of every disagreement. A comparison has its cells; of what failed without one, the step says what
+        it was about."""
         if self.over:
             return
         self._over_since = time.monotonic()
@@ -128,18 +123,8 @@ class Watch(Ledger):
             errors[position] = max(errors.get(position, 0.0), float(error))
 
 
-class _Overheard:
-    """A contender whose logits are kept until its next ones."""
-
-    def __init__(self, contender: Contender, latest: dict[str, Rows]) -> None:
-        self.name = contender.name
-        self._contender, self._latest = contender, latest
-
-    def do(self, step: Step) -> Rows | None:
-        rows = self._contender.do(step)
-        if rows is not None:
-            self._latest[self.name] = rows
-        return rows
-
-    def taps(self, step: Forward) -> Mapping[str, Rows]:
-        return self._contender.taps(step)
+def _counted(steps: list[str]) -> Iterator[str]:
+    """Equal steps in a row as one: `decode 0+1 ×3`."""
+    for step, equal in groupby(steps):
+        count = len(list(equal))
+        yield step if count == 1 else f"{step} ×{count}"

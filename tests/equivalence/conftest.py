@@ -9,19 +9,23 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hypothesis
 import pytest
 import torch
 from hypothesis import Phase
 
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE
-from qwenspec.verify.features import schema_features
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.failure import write_failure
+from qwenspec.verify.features import features, schema_features
 from qwenspec.verify.ledger import Ledger
 from qwenspec.verify.search import DEFAULTS, search
+from qwenspec.verify.session import Disagreement, Session
+from qwenspec.verify.steps import Step
 
 PROFILE = os.environ.get("EQUIVALENCE_PROFILE", "ci")
 TIMES = 10 if PROFILE == "thorough" else 1
@@ -32,6 +36,15 @@ hypothesis.settings.register_profile("thorough", DEFAULTS, max_examples=1000)
 hypothesis.settings.register_profile(
     "mutants", DEFAULTS, derandomize=True, phases=[Phase.generate], report_multiple_bugs=False
 )
+
+# TRITON_INTERPRET=1 decides for the whole process, and is for these files.
+_INTERPRETED = ("test_interpreter.py", "test_long.py")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import triton_interpreter  # noqa: F401  (repairs it)
+
+    collect_ignore = [file.name for file in Path(__file__).parent.glob("test_*.py") if file.name not in _INTERPRETED]
+else:
+    collect_ignore = ["test_interpreter.py"]
 
 LEDGER = pytest.StashKey[Ledger]()
 FOUND = pytest.StashKey[list[dict[str, Any]]]()
@@ -74,18 +87,35 @@ def look(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[..., None]:
             settings=hypothesis.settings.get_profile(PROFILE),
             **options,
         )
-        if disagreement is None:
-            return
-        found = {"test": request.node.nodeid, "pair": disagreement.pair, "examples": ledger.examples - before}
-        request.config.stash[FOUND].append(found | {"reason": disagreement.reason})
-        folder = FAILURES / request.node.name
-        if PROFILE != "mutants":
-            from qwenspec.verify.failure import write_failure
-
-            write_failure(disagreement, folder)
-        pytest.fail(f"seed {seed}: {disagreement}\nagain: qwenspec verify --replay {folder}", pytrace=False)
+        if disagreement is not None:
+            _fail(request, disagreement, ledger.examples - before)
 
     return look
+
+
+@pytest.fixture
+def follow(request: pytest.FixtureRequest, ledger: Ledger) -> Callable[[Case, Iterable[Step]], None]:
+    """follow(case, steps): this very workload."""
+
+    def follow(case: Case, steps: Iterable[Step]) -> None:
+        session = Session(case, ledger)
+        ledger.example(case, features(case.spec), session.pairs)
+        try:
+            for step in steps:
+                session.do(step)
+        except Disagreement as disagreement:
+            _fail(request, disagreement, 1)
+
+    return follow
+
+
+def _fail(request: pytest.FixtureRequest, disagreement: Disagreement, examples: int) -> NoReturn:
+    found = {"test": request.node.nodeid, "pair": disagreement.pair, "examples": examples}
+    request.config.stash[FOUND].append(found | {"reason": disagreement.reason})
+    if PROFILE == "mutants":
+        pytest.fail(str(disagreement), pytrace=False)
+    folder = write_failure(disagreement, FAILURES / re.sub(r"\W+", "-", request.node.name).strip("-"))
+    pytest.fail(f"{disagreement}\nagain: qwenspec verify --replay {folder}", pytrace=False)
 
 
 # ------------------------------------------------------------------------------------------------- what ran
@@ -119,10 +149,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section(f"what ran: {ledger.examples} examples")
     terminalreporter.write_line(ledger.tables())
-    for backend, features in _missing(ledger).items():
-        if not features:
-            continue
-        terminalreporter.write_line(f"{backend}: no example had {', '.join(sorted(features))}")
+    for backend, absent in _missing(ledger).items() if config.getoption("--complete") else ():
+        if absent:
+            terminalreporter.write_line(f"{backend}: no example had {', '.join(sorted(absent))}")
 
 
 def _missing(ledger: Ledger) -> dict[str, frozenset[str]]:

@@ -106,11 +106,12 @@ def test_a_disagreement_fails_and_leaves_a_folder(spec: Path, tmp_path: Path, mo
     found = verified(spec, "--examples", "4", "--failures", failures, "--report", report, exit_code=1)
     assert found["verdict"] == "fail"
     assert ("triton", "reference", "every forward") in cells(found, "fail")
-    (failure,) = found["failures"]
+    failure, other = found["failures"]
     assert "triton and reference" in failure["reason"]
+    assert "huggingface and reference" in other["reason"]
     assert failure["command"] == f"qwenspec verify --replay {failure['folder']}"
     assert Path(failure["folder"]).parent == failures
-    assert "triton disagrees" in report.read_text()
+    assert "triton and huggingface disagree" in report.read_text()
 
     again = call("verify", "--replay", failure["folder"])
     assert (again.exit_code, again.stdout.split(":")[0]) == (1, "✗ " + failure["reason"].split(":")[0])
@@ -138,7 +139,9 @@ def test_a_contender_that_raises_has_failed(spec: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(PackageContender, "do", broken)
     found = verified(spec, "--examples", "12", "--failures", tmp_path, exit_code=1)
     assert ("triton", "reference", "rollback") in cells(found, "fail")
-    assert "no way back" in found["failures"][0]["reason"]
+    (failure,) = found["failures"]
+    assert "no way back" in failure["reason"]
+    assert ("huggingface", "reference", "rollback") in cells(found, "pass")  # the others go on
 
 
 def test_a_wrong_attention_factor_is_found_at_full_size(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:

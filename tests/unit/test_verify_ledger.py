@@ -28,10 +28,10 @@ def filled() -> Ledger:
     ledger.kernels_ran("triton", Counter(decode_attention=3))
     ledger.kernels_ran("triton", Counter(decode_attention=1))
     ledger.kernels_ran("tvm", Counter(compact_pages=0))
-    ledger.compared(TRITON, "float32", compare(ROWS * 1.1, ROWS, 0.2))
-    ledger.compared(TRITON, "float32", compare(ROWS * 1.4, ROWS, 0.2))
-    ledger.compared(TRITON, "float32", compare(np.array([[1.01, 1.0]]), np.array([[1.0, 1.01]]), 0.2))
-    ledger.compared(TVM, "bfloat16", compare(ROWS * np.nan, ROWS, 0.2))
+    ledger.compared(TRITON, "float32", compare(ROWS * 1.1, ROWS, 0.2), {})
+    ledger.compared(TRITON, "float32", compare(ROWS * 1.4, ROWS, 0.2), {})
+    ledger.compared(TRITON, "float32", compare(np.array([[1.01, 1.0]]), np.array([[1.0, 1.01]]), 0.2), {})
+    ledger.compared(TVM, "bfloat16", compare(ROWS * np.nan, ROWS, 0.2), {})
     return ledger
 
 
@@ -40,6 +40,15 @@ def test_comparisons_are_counted() -> None:
     assert (found.comparisons, found.rows) == (3, 5)
     assert (found.passed, found.ambiguous, found.failed) == (1, 1, 1)
     assert (found.error, found.used) == (pytest.approx(0.4), pytest.approx(2.0))
+
+
+def test_counts_of_kernels_start_anew() -> None:
+    ledger, calls = Ledger(), Counter(linear=2, rms_norm=0)
+    ledger.kernels_ran("triton", calls)
+    calls["linear"] += 5
+    ledger.kernels_ran("triton", calls)
+    assert ledger.kernels == {("triton", "linear"): 7, ("triton", "rms_norm"): 0}
+    assert calls == {"linear": 0, "rms_norm": 0}
 
 
 def test_missing_features() -> None:
@@ -61,8 +70,8 @@ def test_merging_adds_up() -> None:
     total, other = filled(), Ledger()
     other.example(CASE, ["yarn"], [TVM])
     other.step("remove")
-    other.kernel("tvm", "compact_pages", 2)
-    other.compared(TVM, "float32", compare(ROWS, ROWS, 0.2))
+    other.kernels_ran("tvm", Counter(compact_pages=2))
+    other.compared(TVM, "float32", compare(ROWS, ROWS, 0.2), {})
     total.merge(other)
     total.merge(filled())
     assert total.examples == 5

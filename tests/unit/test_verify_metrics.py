@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, assume, given, settings
 from pydantic import ValidationError
 
-from qwenspec.verify import metrics
+from qwenspec.spec.document import Spec
+from qwenspec.verify import metrics, reference
 from qwenspec.verify.metrics import Comparison, Verdict, bound, compare, tolerances
+from qwenspec.verify.reference_rope import attention_factor
+from qwenspec.verify.strategies import specs
+from qwenspec.verify.weights import random_weights
 
 EXPECTED = np.array([[3.0, 4.0, 0.0], [0.0, 0.0, 10.0]])
 PACKAGE, PACKAGES = ("triton", "reference"), ("triton", "tvm")
@@ -173,7 +178,18 @@ def test_every_bound_says_how_it_was_measured() -> None:
         assert any(character.isdigit() for character in entry.measured)
 
 
-def test_all_metrics_are_fields() -> None:
-    """Reports show each by its name."""
-    names = {field.name for field in dataclasses.fields(Comparison)}
-    assert {"max_abs", "mean_abs", "max_relative", "cosine", "top_k_overlap", "argmax_agreement"} <= names
+@settings(max_examples=12, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(spec=specs(dtypes=("float32",)))
+def test_float32_shows_an_attention_factor_that_is_off_by_a_hundredth(spec: Spec) -> None:
+    window = spec.architecture.attention.sliding_window
+    assume(window is None or window.window > 1)  # the scores of a single key do not matter
+    right = logits(spec)
+    with mock.patch.object(reference, "attention_factor", lambda *given: 1.01 * attention_factor(*given)):
+        wrong = logits(spec)
+    limit = bound("float32", spec.architecture.num_hidden_layers, PACKAGE)
+    assert compare(wrong, right, limit).verdict is Verdict.FAIL
+
+
+def logits(spec: Spec) -> np.ndarray:
+    ids = [(7919 * i + 17) % spec.architecture.vocab_size for i in range(30)]
+    return reference.Reference(spec, random_weights(spec, 0)).sequence().forward(ids)

@@ -132,6 +132,9 @@ def test_words_follow_the_verdict() -> None:
     assert "In 1 row two contenders prefer different tokens" in summary(result)
     result.cell(PAIR, Check.DECODE, "float32").add(comparison(1, Verdict.FAIL))
     assert headline(result) == "tvm disagrees"
+    assert "prefer" not in summary(verification(failures=[Failure("it fails")]))
+    result.cell(PAIR, Check.FORWARD, "float32").add(comparison(1, Verdict.FAIL))
+    assert "The largest error is 100,000 times what its bound allows." in summary(result)
     result.cell(("triton", "tvm"), Check.DECODE, "float32").add(comparison(1, Verdict.FAIL))
     assert headline(result) == "tvm and triton disagree"
     assert headline(verification(cells=[])) == "Nothing was compared"
@@ -150,7 +153,7 @@ def test_numbers() -> None:
         "<0.1%",
         "1.2%",
         "99%",
-        "1200%",
+        "12×",
         "not finite",
     ]
     assert [share(value) for value in (1.0, 0.9999998, 0.5)] == ["1", "1.000000", "0.500"]
@@ -166,7 +169,7 @@ def test_the_table_has_a_sign_in_every_cell() -> None:
     assert lines[0].split() == ["tvm", "triton"]
     assert lines[1].split() == ["reference", "tvm"]
     assert lines[2].split() == ["every", "forward", "✓", "1.0%", "·"]
-    assert lines[3].split() == ["decode", "✗", "1000%", "·"]
+    assert lines[3].split() == ["decode", "✗", "10×", "·"]
     assert lines[4].split() == ["fork", "·", "≈", "20%"]
     assert len({line.index(word) for line, word in zip(lines[:4], ("tvm", "reference", "✓", "✗"), strict=True)}) == 1
     assert "triton did not take part: no torch" in lines
@@ -275,3 +278,11 @@ def test_a_contender_keeps_its_style_and_nothing_is_no_plot() -> None:
     assert drawn is not None
     assert [line.style for line in drawn.lines] == [1, 2]
     assert plot("float32", [Curve("tvm", "float32", 1e-5, ((0, 0.0),))], ["tvm"]) is None
+
+
+def test_positions_are_where_they_are_also_when_some_are_missing() -> None:
+    drawn = plot("float32", [Curve("tvm", "float32", 1e-5, ((0, 1e-7), (10, 1e-7), (40, 1e-7)))], ["tvm"])
+    assert drawn is not None
+    x0, x10, x40 = (x for x, _ in points(drawn.lines[0].points))
+    assert (x10 - x0) * 4 == pytest.approx(x40 - x0, abs=0.3)
+    assert [tick.text for tick in drawn.x_ticks] == ["0", "5", "10", "15", "20", "25", "30", "35", "40"]

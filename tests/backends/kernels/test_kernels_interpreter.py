@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
-import interpreter  # noqa: F401  (repairs it)
 import kernel_checks as checks
 import pytest
 import torch
@@ -17,6 +16,8 @@ from hypothesis import strategies as st
 from kernel_variants import folded, load
 from triton import jit
 from triton import language as tl
+
+import triton_interpreter  # noqa: F401  (repairs it)
 
 pytestmark = [
     pytest.mark.interpreter,

@@ -1,7 +1,7 @@
 """Repairs of Triton's interpreter (3.6 to 3.9), which is silently wrong about bfloat16.
 
 Import with TRITON_INTERPRET=1 set, before a kernel runs. Each repair replaces one function of
-`triton.runtime.interpreter`, and `test_interpreter.py` shows that it is needed and that it works.
+`triton.runtime.interpreter`, and `test_kernels_interpreter.py` shows that it is needed and that it works.
 """
 
 from __future__ import annotations

@@ -1,0 +1,449 @@
+"""A failure's folder: what is in it, which module it names, and running it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from cli_runs import ROOT, TINY, call
+from hypothesis import given, settings
+
+from qwenspec.diagnostics import SpecError
+from qwenspec.spec.document import Spec
+from qwenspec.spec.load import load, load_all
+from qwenspec.verify import failure, opening
+from qwenspec.verify import session as session_module
+from qwenspec.verify.case import Case
+from qwenspec.verify.contenders import ReferenceContender, Rows
+from qwenspec.verify.failure import locate, replay, spec_file, write_failure
+from qwenspec.verify.reduce import reduced
+from qwenspec.verify.session import Disagreement, Session
+from qwenspec.verify.steps import Add, CacheSizes, Fork, Forward, Step
+from qwenspec.verify.strategies import specs
+from qwenspec.verify.weights import random_weights
+
+SIZES = CacheSizes(page_size=4, pages=8, max_batch_size=3, chunk=16)
+PREFILL = Forward({0: (1, 2, 3, 4, 5)}, "batch_prefill")
+DECODE = Forward({0: (7,), 1: (8,)}, "batch_decode")
+STEPS: list[Step] = [Add(0), PREFILL, Fork(0, 1, 3), DECODE]
+FILES = {"README.txt", "spec.yaml", "case.json", "workload.json", "outputs.npz", "versions.json", "verdict.json"}
+
+Change = Callable[[Any], object]
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Spec:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY)
+    return load(path)
+
+
+def found_in(case: Case, steps: list[Step] = STEPS) -> Disagreement:
+    session = Session(case)
+    try:
+        for step in steps:
+            session.do(step)
+    except Disagreement as disagreement:
+        return disagreement
+    pytest.fail("all steps agree")
+
+
+def verdict_of(folder: Path) -> dict[str, Any]:
+    verdict: dict[str, Any] = json.loads((folder / "verdict.json").read_text())
+    return verdict
+
+
+# ------------------------------------------------------------------------------------- a fault in a generated package
+
+
+@contextmanager
+def planted(change: Change) -> Iterator[None]:
+    """Every package that is opened here is changed, and those that were opened before are forgotten."""
+    right = opening.open_runner
+
+    def wrong(*arguments: Any) -> Any:
+        runner = right(*arguments)
+        change(runner)
+        return runner
+
+    opening._runner.cache_clear()
+    with mock.patch.object(opening, "open_runner", wrong):
+        yield
+    opening._runner.cache_clear()
+
+
+def scale_k_norm(runner: Any) -> None:
+    runner.model.get_parameter("layers.1.attention.k_norm.weight").data.mul_(1.5)
+
+
+def spoil_a_token(runner: Any) -> None:
+    runner.model.embed_tokens.weight.data[8] *= 2
+
+
+def spoil_decode(runner: Any) -> None:
+    right = runner.batch_decode
+    runner.batch_decode = lambda embeds, cache: 1.5 * right(embeds, cache)
+
+
+@pytest.fixture
+def triton(spec: Spec) -> Case:
+    return Case(spec, 3, "float32", SIZES, ("reference", "triton"))
+
+
+@pytest.mark.parametrize(
+    ("change", "step", "module"),
+    [(scale_k_norm, 2, "layers.1.attention.k_norm"), (spoil_a_token, 4, "embed_tokens")],
+)
+def test_the_module_is_named_and_the_failure_repeats(
+    change: Change, step: int, module: str, triton: Case, tmp_path: Path
+) -> None:
+    with planted(change):
+        disagreement = found_in(triton)
+        parting = locate(disagreement)
+        folder = write_failure(disagreement, tmp_path / "failures" / "one")
+        again = replay(folder)
+    assert replay(folder) is None
+    assert str(again) == str(disagreement)
+    assert len(disagreement.steps) == step
+    assert parting is not None
+    assert parting.module is not None
+    assert (parting.contender, parting.module.address) == ("triton", module)
+    assert folder == tmp_path / "failures" / "one"
+    verdict = verdict_of(folder)
+    assert (verdict["pair"], verdict["step"]) == (["triton", "reference"], step)
+    assert verdict["again"] == "it failed in the same way"
+    assert disagreement.comparison is not None
+    assert verdict["comparison"]["error"] == disagreement.comparison.error > verdict["comparison"]["bound"]
+    assert (verdict["parts"], verdict["module"]["address"]) == ("triton", module)
+    assert [found["address"] for found in verdict["modules"]] == [error.address for error in parting.errors]
+    assert f"Where: {module} of triton is the first module that parts" in (folder / "README.txt").read_text()
+
+
+def test_modules_agree_where_one_method_alone_is_wrong(triton: Case, tmp_path: Path) -> None:
+    with planted(spoil_decode):
+        folder = write_failure(found_in(triton), tmp_path / "one")
+    verdict = verdict_of(folder)
+    assert (verdict["kind"], verdict["parts"], verdict["module"]) == ("forward.batch_decode", "triton", None)
+    assert max(module["error"] for module in verdict["modules"]) < 1e-5
+    assert "what only forward.batch_decode does is wrong" in (folder / "README.txt").read_text()
+
+
+# --------------------------------------------------------------------------------------------- contenders made up
+
+
+Fault = Callable[[Step, Rows | None], Rows | None]
+
+
+class Odd(ReferenceContender):
+    """The reference, with `fault` done to what it says."""
+
+    def __init__(self, name: str, case: Case, fault: Fault) -> None:
+        super().__init__(case.spec, random_weights(case.spec, case.seed))
+        self.name = name
+        self._fault = fault
+
+    def do(self, step: Step) -> Rows | None:
+        return self._fault(step, super().do(step))
+
+
+def soundly(step: Step, rows: Rows | None) -> Rows | None:
+    return rows
+
+
+def off(step: Step, rows: Rows | None) -> Rows | None:
+    return rows if rows is None else 1.1 * rows
+
+
+def contend(monkeypatch: pytest.MonkeyPatch, faults: Mapping[str, Fault], changed: Mapping[str, str]) -> None:
+    """Sessions are of the reference and contenders with these faults; a tensor of some is 1.5 times what it was."""
+
+    def open_contenders(case: Case) -> dict[str, ReferenceContender]:
+        weights = random_weights(case.spec, case.seed)
+        opened = {"reference": ReferenceContender(case.spec, weights)}
+        for name, fault in faults.items():
+            opened[name] = Odd(name, case, fault)
+            if tensor := changed.get(name):
+                opened[name]._model = type(opened[name]._model)(case.spec, weights | {tensor: 1.5 * weights[tensor]})
+        return opened
+
+    monkeypatch.setattr(session_module, "open_contenders", open_contenders)
+
+
+def made_up(
+    spec: Spec, monkeypatch: pytest.MonkeyPatch, changed: Mapping[str, str] | None = None, **faults: Fault
+) -> Case:
+    contend(monkeypatch, faults, changed or {})
+    return Case(spec, 0, "float32", SIZES, ("reference", *faults))
+
+
+@pytest.fixture
+def disagreement(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> Disagreement:
+    """Of a contender that is always wrong."""
+    return found_in(made_up(spec, monkeypatch, a=off))
+
+
+@pytest.mark.parametrize("pair", [("a", "b"), ("b", "a"), ("b", "reference")])
+def test_the_one_that_parts_from_the_reference_is_named(
+    pair: tuple[str, str], spec: Spec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = made_up(spec, monkeypatch, {"b": "model.layers.0.mlp.down_proj.weight"}, a=soundly, b=soundly)
+    disagreement = found_in(case)
+    disagreement.pair = pair
+    parting = locate(disagreement)
+    assert parting is not None
+    assert parting.module is not None
+    assert (parting.contender, parting.module.address) == ("b", "layers.0.mlp.down_proj")
+
+
+def test_two_that_are_far_apart_may_both_be_near_the_reference(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two, one is off by half the bound at least: it is looked for with that."""
+    case = made_up(spec, monkeypatch, {"b": "model.layers.0.mlp.down_proj.weight"}, a=soundly, b=soundly)
+    disagreement = found_in(case)
+    parting = locate(disagreement)
+    assert parting is not None
+    assert disagreement.comparison is not None
+    bound = 1.5 * max(module.error for module in parting.errors)
+    disagreement.comparison = dataclasses.replace(disagreement.comparison, bound=bound)
+    for pair, found in ((("b", "reference"), False), (("a", "b"), True)):
+        disagreement.pair = pair
+        parting = locate(disagreement)
+        assert parting is not None
+        assert (parting.contender, parting.module is not None) == ("b", found)
+
+
+def test_all_files_are_there(disagreement: Disagreement, tmp_path: Path) -> None:
+    folder = write_failure(disagreement, tmp_path / "it's one")
+    case = disagreement.case
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert call("validate", folder / "spec.yaml").exit_code == 0
+    assert load(folder / "spec.yaml").sha256() == case.spec.sha256()
+    assert Case.from_data(json.loads((folder / "case.json").read_text())).to_data() == case.to_data()
+    assert len(json.loads((folder / "workload.json").read_text())) == 2
+    with np.load(folder / "outputs.npz") as outputs:
+        assert set(outputs) == {"reference", "a"}
+        assert np.array_equal(outputs["a"], disagreement.outputs["a"])
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["numpy"] == np.__version__
+    libraries = {"python", "numpy", "torch", "triton", "tvm", "transformers", "safetensors", "qwenspec"}
+    assert set(versions) == libraries | {"platform", "cpu"}
+    readme = (folder / "README.txt").read_text()
+    assert str(disagreement) in readme
+    assert f"qwenspec verify --replay '{tmp_path}/it'\"'\"'s one'" in readme
+
+
+def test_what_is_not_finite_is_null(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = made_up(spec, monkeypatch, a=lambda step, rows: rows if rows is None else np.full_like(rows, np.nan))
+    folder = write_failure(found_in(case), tmp_path / "one")
+    assert verdict_of(folder)["comparison"]["error"] is None
+    assert np.isnan(np.load(folder / "outputs.npz")["a"]).all()
+
+
+def test_an_exception_has_no_outputs(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(step: Step, rows: Rows | None) -> Rows | None:
+        raise ZeroDivisionError("by zero")
+
+    disagreement = found_in(made_up(spec, monkeypatch, a=fails))
+    assert locate(disagreement) is None
+    folder = write_failure(disagreement, tmp_path / "one")
+    assert {file.name for file in folder.iterdir()} == FILES - {"outputs.npz"}
+    assert "outputs.npz" not in (folder / "README.txt").read_text()
+    verdict = verdict_of(folder)
+    assert (verdict["reason"], verdict["again"]) == ("ZeroDivisionError: by zero", "it failed in the same way")
+    assert (verdict["comparison"], verdict["module"], verdict["modules"]) == (None, None, None)
+    assert str(replay(folder)) == "a and reference, step 1 (add): ZeroDivisionError: by zero"
+
+
+def forwards(fails: set[int]) -> Fault:
+    """Wrong in these forwards, counted from 0 over all sessions."""
+    count = itertools.count()
+
+    def fault(step: Step, rows: Rows | None) -> Rows | None:
+        return rows if rows is None or next(count) not in fails else 2 * rows
+
+    return fault
+
+
+@pytest.mark.parametrize(
+    ("fails", "again"),
+    [
+        ({1}, "everything agreed, so it does not fail every time"),
+        ({1, 2}, "it failed otherwise: a and reference, step 2 (forward.batch_prefill): error"),
+    ],
+)
+def test_what_does_not_repeat_says_so(
+    fails: set[int], again: str, spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disagreement = found_in(made_up(spec, monkeypatch, a=forwards(fails)))
+    assert len(disagreement.steps) == 4
+    verdict = verdict_of(write_failure(disagreement, tmp_path / "one"))
+    assert verdict["again"].startswith(again)
+    assert verdict["module"] is None
+
+
+def test_an_earlier_step_that_fails_now_leaves_nothing_to_locate(spec: Spec, monkeypatch: pytest.MonkeyPatch) -> None:
+    disagreement = found_in(made_up(spec, monkeypatch, a=forwards({1, 2})))
+    assert locate(disagreement) is None
+
+
+def test_a_failure_is_written_whatever_examining_it_meets(
+    disagreement: Disagreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(*given: Any) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(failure, "module_errors", no_room)
+    folder = write_failure(disagreement, tmp_path / "one")
+    assert verdict_of(folder)["again"] == "it could not be examined: MemoryError: no room"
+    assert "Where: not known" in (folder / "README.txt").read_text()
+
+
+# ------------------------------------------------------------------------------------------------ complete or absent
+
+
+def broken_disk(*given: Any, **named: Any) -> None:
+    raise OSError("no space left on device")
+
+
+def test_a_write_that_fails_leaves_nothing(
+    disagreement: Disagreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(np, "savez_compressed", broken_disk)
+    failures = tmp_path / "failures"
+    with pytest.raises(OSError, match="no space"):
+        write_failure(disagreement, failures / "one")
+    assert not list(failures.iterdir())
+
+
+def test_an_older_failure_stays_until_it_is_replaced(
+    disagreement: Disagreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_failure(disagreement, tmp_path / "failures" / "one")
+    (folder / "older").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez_compressed", broken_disk)
+        with pytest.raises(OSError, match="no space"):
+            write_failure(disagreement, folder)
+    assert {file.name for file in folder.iterdir()} == FILES | {"older"}
+    write_failure(disagreement, folder)
+    assert {file.name for file in folder.iterdir()} == FILES
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_other_folders_are_not_replaced(disagreement: Disagreement, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    write_failure(disagreement, tmp_path / "mine")  # an empty one is
+    for file in FILES:
+        (tmp_path / "mine" / file).unlink()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(SpecError, match="is not the folder of a failure"):
+        write_failure(disagreement, tmp_path / "mine")
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+# --------------------------------------------------------------------------------------------------- damaged folders
+
+
+def edited(file: str, change: Change) -> Change:
+    def edit(folder: Path) -> None:
+        data = json.loads((folder / file).read_text())
+        change(data)
+        (folder / file).write_text(json.dumps(data))
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("damage", "file", "code", "message"),
+    [
+        (lambda f: shutil.rmtree(f), "case.json", "file-not-found", "No such file"),
+        (lambda f: (f / "workload.json").unlink(), "workload.json", "file-not-found", "No such file"),
+        (lambda f: (f / "case.json").write_text('{"spec":'), "case.json", "damaged-failure", "Expecting value"),
+        (lambda f: (f / "case.json").write_bytes(b"\xff"), "case.json", "damaged-failure", "utf-8"),
+        (lambda f: (f / "case.json").write_text("[" * 10**6), "case.json", "damaged-failure", "recursion"),
+        (lambda f: (f / "case.json").write_text("[]"), "case.json", "damaged-failure", "indices"),
+        (edited("case.json", lambda d: d.pop("seed")), "case.json", "damaged-failure", "there is no 'seed'"),
+        (edited("case.json", lambda d: d["spec"].pop("family")), "case.json", "damaged-failure", "validation error"),
+        (edited("case.json", lambda d: d.update(dtype="int8")), "case.json", "damaged-failure", "no dtype 'int8'"),
+        (edited("case.json", lambda d: d["contenders"].pop(0)), "case.json", "damaged-failure", "contenders"),
+        (edited("case.json", lambda d: d["sizes"].pop("chunk")), "case.json", "damaged-failure", "chunk"),
+        (edited("case.json", lambda d: d.update(weights="/gone")), "case.json", "no-weights", "not in /gone any more"),
+        (edited("workload.json", lambda d: d.clear()), "workload.json", "damaged-failure", "there are no steps"),
+        (edited("workload.json", lambda d: d[0].update(step="jump")), "workload.json", "damaged-failure", "'jump'"),
+        (edited("workload.json", lambda d: d[1].pop("tokens")), "workload.json", "damaged-failure", "'tokens'"),
+        (lambda f: (f / "workload.json").write_text("7"), "workload.json", "damaged-failure", "not iterable"),
+    ],
+)
+def test_a_damaged_folder_is_told(
+    damage: Change, file: str, code: str, message: str, disagreement: Disagreement, tmp_path: Path
+) -> None:
+    folder = write_failure(disagreement, tmp_path / "one")
+    assert str(replay(folder)) == str(disagreement)
+    damage(folder)
+    with pytest.raises(SpecError) as caught:
+        replay(folder)
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.code, str(diagnostic.location)) == (code, str(folder / file))
+    assert message in diagnostic.message
+
+
+def test_a_library_that_is_needed_may_be_missing(
+    disagreement: Disagreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_failure(disagreement, tmp_path / "one")
+    edited("case.json", lambda data: data["contenders"].append("huggingface"))(folder)
+    monkeypatch.setattr(failure, "find_spec", lambda name: None if name == "transformers" else name)
+    with pytest.raises(SpecError, match="needs `transformers`, which cannot be imported"):
+        replay(folder)
+
+
+# -------------------------------------------------------------------------------------------- specs and checkpoints
+
+
+def assert_loads_back(spec: Spec, folder: Path) -> None:
+    file = folder / "back.yaml"
+    file.write_text(spec_file(spec))
+    (again,) = load_all(file)
+    assert again.sha256() == spec.sha256()
+    assert again.description == spec.description
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(spec=specs())
+def test_a_drawn_spec_loads_back(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> None:
+    assert_loads_back(spec, tmp_path_factory.getbasetemp())
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "specs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_specs_of_releases_load_back(file: Path, tmp_path: Path) -> None:
+    for spec in load_all(file):
+        assert_loads_back(spec, tmp_path)
+        if not spec.quantization:
+            assert_loads_back(reduced(spec), tmp_path)
+
+
+def test_files_elsewhere_are_not_needed(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layout in a file of its own comes along; a checkpoint is named from the root."""
+    shutil.copy(ROOT / "qwenspec" / "spec" / "layouts" / "qwen2.yaml", tmp_path / "names.yaml")
+    own = tmp_path / "own.yaml"
+    own.write_text(TINY.replace("  dtype:", "  checkpoint: {layout: ./names.yaml}\n  dtype:"))
+    contend(monkeypatch, {"a": off}, {})
+    monkeypatch.chdir(tmp_path)
+    Path("weights").mkdir()
+    case = Case(load(own), 0, "float32", SIZES, ("reference", "a"), Path("weights"))
+    folder = write_failure(found_in(case), tmp_path / "elsewhere" / "one")
+    (tmp_path / "names.yaml").unlink()
+    monkeypatch.chdir(folder)
+    again = replay(Path())
+    assert again is not None
+    assert again.case.weights == tmp_path / "weights"
+    assert load("spec.yaml").sha256() == again.case.spec.sha256()
+    assert again.case.spec.architecture.checkpoint.layout == again.case.spec.layout == spec.layout
