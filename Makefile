@@ -18,8 +18,8 @@ demo: $(INSTALLED)
 # Triton decides when it is imported whether kernels are interpreted, so these cannot be one run.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -m "not interpreter and not aot and not gpu" --ignore=tests/equivalence
-	$(BIN)/python -m pytest -n auto --complete tests/equivalence
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto -m interpreter tests/backends/kernels tests/equivalence
+	$(BIN)/python -m pytest -n auto --dist worksteal --complete tests/equivalence
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal -m interpreter tests/backends/kernels tests/equivalence
 	$(BIN)/python -m pytest -m aot tests/backends/kernels
 
 check: $(INSTALLED)

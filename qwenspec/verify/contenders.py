@@ -110,17 +110,21 @@ class PackageContender:
             case Forward():
                 return self._forward(step)
             case Restart(sizes):
+                self._empty()
                 self._cache = self._new_cache(sizes)
             case Add(seq, prompt_length):
                 self._cache.add_sequence(seq, prompt_length)
+                self._ids.append(seq)
             case Commit(leaves):
                 self._cache.commit_tree(list(leaves), list(leaves.values()))
             case Fork(parent, child, at):
                 self._cache.fork_sequence(parent, child, at)
+                self._ids.append(child)
             case Popn(seq, n):
                 self._cache.popn(seq, n)
             case Remove(seq):
                 self._cache.remove_sequence(seq)
+                self._ids.remove(seq)
             case Poison(seed):
                 self._poison(random.Random(seed))
         return None
@@ -159,6 +163,7 @@ class PackageContender:
 
     def _new_cache(self, sizes: CacheSizes) -> Cache:
         self._sizes = sizes
+        self._ids: list[int] = []
         self._hostages: list[int] = []
         # Hostages come on top of what the workload may use.
         return self._runner.create_paged_kv_cache(
@@ -168,6 +173,14 @@ class PackageContender:
             page_size=sizes.page_size,
             support_sliding_window=sizes.evicts,
         )
+
+    def _empty(self) -> None:
+        """When every sequence is gone, every page is free. Raises RuntimeError when one is not."""
+        for seq in (*self._ids, *self._hostages):
+            self._cache.remove_sequence(seq)
+        pages = self._sizes.pages + HOSTAGES
+        if self._cache.free_pages != pages:
+            raise RuntimeError(f"{self._cache.free_pages} of {pages} pages are free, and there is no sequence")
 
     def _poison(self, draw: random.Random) -> None:
         """Sequences of NaN grow in turns until no page is free; then they shrink to a page each, in any order.

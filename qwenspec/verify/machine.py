@@ -31,6 +31,7 @@ class Workload(RuleBasedStateMachine):
     @initialize(data=st.data())
     def start(self, data: st.DataObject) -> None:
         self.case = data.draw(self.cases, "case")
+        self.disagreed = False
         self.session = Session(self.case, self.ledger)
         self.on_start(self.session)
         self.begin(data, self.case.sizes)
@@ -48,8 +49,14 @@ class Workload(RuleBasedStateMachine):
         try:
             return self.session.do(step)
         except Disagreement as disagreement:
+            self.disagreed = True
             self.on_disagreement(disagreement)
             raise
+
+    def teardown(self) -> None:
+        """Ends with an empty cache, all of whose pages must be free again."""
+        if hasattr(self, "session") and not self.disagreed:
+            self.do(Restart(self.cache_sizes))
 
     # ------------------------------------------------------------------------------------------------ sequences
 

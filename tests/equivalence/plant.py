@@ -38,10 +38,10 @@ TIME_LIMIT = 3600  # seconds of a stage
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
-MACHINES = f"{TESTS}/test_machines.py"
-PROPERTIES = ["-m", "not interpreter", TESTS, f"--ignore={MACHINES}"]
-TRITON_ALONE = ["-m", "not interpreter", MACHINES, "-k", "not all_backends and not tvm"]
-WITH_TVM = ["-m", "not interpreter", MACHINES, "-k", "all_backends or tvm"]
+WORKLOADS = [f"{TESTS}/test_machines.py", f"{TESTS}/test_long.py"]
+PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
+TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
+WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]
 INTERPRETER = ["-m", "interpreter", TESTS]
 
 

@@ -33,6 +33,13 @@ def test_triton(scaling: str | None, dtype: str, look: Look) -> None:
     look(drawn, cache_sizes(), examples=6, steps=16, seed=2)
 
 
+@pytest.mark.parametrize("scaling", [None, "linear", "yarn", "llama3"])
+def test_hugging_face(scaling: str | None, look: Look) -> None:
+    """Specs that its configs can say."""
+    drawn = cases(specs(scalings=[scaling], hugging_face=True), cache_sizes(), ("triton",))
+    look(drawn, cache_sizes(), examples=6, steps=12, seed=8)
+
+
 def test_pages_behind_every_window_are_given_back(look: Look) -> None:
     evicting = cache_sizes().map(lambda s: CacheSizes(s.page_size, s.pages, s.max_batch_size, s.chunk, evicts=True))
     look(cases(specs().map(sliding), evicting, ("triton",)), evicting, examples=8, steps=16, seed=3)
