@@ -53,6 +53,7 @@ class Ledger:
 
     def __init__(self) -> None:
         self.examples = 0
+        self.specs: set[str] = set()  # hashes of those that differ
         self.pairs: Counter[Pair] = Counter()  # examples of each
         self.features: Counter[tuple[str, Pair]] = Counter()  # examples of each, by pair
         self.steps: Counter[str] = Counter()
@@ -65,6 +66,7 @@ class Ledger:
         """A case that begins, with the features of its spec and the pairs that it compares."""
         pairs = list(pairs)
         self.examples += 1
+        self.specs.add(case.spec.sha256()[:16])
         self.pairs.update(pairs)
         self.features.update((feature, pair) for feature in set(features) for pair in pairs)
 
@@ -96,6 +98,7 @@ class Ledger:
     def merge(self, other: Ledger) -> None:
         """What another process counted, added to this."""
         self.examples += other.examples
+        self.specs |= other.specs
         self.pairs.update(other.pairs)
         self.features.update(other.features)
         self.steps.update(other.steps)
@@ -107,6 +110,7 @@ class Ledger:
         """For JSON, whose keys are text: tables are lists of rows. Infinity, which it has not, is null."""
         return {
             "examples": self.examples,
+            "specs": sorted(self.specs),
             "pairs": [[*pair, count] for pair, count in self.pairs.items()],
             "features": [[feature, *pair, count] for (feature, pair), count in self.features.items()],
             "steps": dict(self.steps),
@@ -122,6 +126,7 @@ class Ledger:
         """What to_data wrote. Raises KeyError, TypeError or ValueError for anything else."""
         ledger = cls()
         ledger.examples = data["examples"]
+        ledger.specs = set(data["specs"])
         ledger.pairs.update({(actual, expected): count for actual, expected, count in data["pairs"]})
         rows = data["features"]
         ledger.features.update({(feature, (actual, expected)): count for feature, actual, expected, count in rows})

@@ -72,20 +72,21 @@ class Workload(RuleBasedStateMachine):
     @precondition(lambda self: self.has_room())
     @rule(data=st.data())
     def fork(self, data: st.DataObject) -> None:
-        parent = data.draw(st.sampled_from(sorted(self.tokens)), "parent")
-        length, size = len(self.tokens[parent]), self.cache_sizes.page_size
-        page_starts = st.integers(0, length // size).map(lambda page: page * size)
-        at = data.draw(page_starts | st.integers(0, length), "at")
-        child = self.new_id()
+        """Both go on."""
+        parent, child = data.draw(st.sampled_from(sorted(self.tokens)), "parent"), self.new_id()
+        at = self.some_length(data, parent)
         if self.do(Fork(parent, child, at)):
             self.tokens[child] = self.tokens[parent][:at]
+            self.decode_batch(data, [child, parent])
 
     @rule(data=st.data())
     def roll_back(self, data: st.DataObject) -> None:
+        """And the sequence goes on otherwise."""
         seq = data.draw(st.sampled_from(sorted(self.tokens)), "sequence")
-        n = data.draw(st.integers(0, len(self.tokens[seq])), "tokens")
-        if self.do(Popn(seq, n)):
-            self.tokens[seq] = self.tokens[seq][: len(self.tokens[seq]) - n]
+        length = self.some_length(data, seq)
+        if self.do(Popn(seq, len(self.tokens[seq]) - length)):
+            self.tokens[seq] = self.tokens[seq][:length]
+            self.prefill_some(data, seq)
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
@@ -136,8 +137,11 @@ class Workload(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def decode(self, data: st.DataObject) -> None:
-        """A token of each of some sequences."""
-        batch = [seq for seq in self.some_sequences(data) if len(self.tokens[seq]) < self.max_length]
+        self.decode_batch(data, self.some_sequences(data))
+
+    def decode_batch(self, data: st.DataObject, batch: list[int]) -> None:
+        """A token of each sequence."""
+        batch = [seq for seq in batch if len(self.tokens[seq]) < self.max_length]
         if batch:
             alone: tuple[Method, ...] = ("decode",) if len(batch) == 1 else ()
             method = data.draw(st.sampled_from(("batch_decode", "batch_verify", *alone)), "method")
@@ -234,6 +238,12 @@ class Workload(RuleBasedStateMachine):
         vocabulary = self.case.spec.architecture.vocab_size
         first, self.drawn = self.drawn, self.drawn + n
         return tuple((7919 * i + 104729 * (i // 7) + self.case.seed) % vocabulary for i in range(first, self.drawn))
+
+    def some_length(self, data: st.DataObject, seq: int) -> int:
+        """Up to a sequence's; often where a page begins."""
+        length, size = len(self.tokens[seq]), self.cache_sizes.page_size
+        page_starts = st.integers(0, length // size).map(lambda page: page * size)
+        return data.draw(page_starts | st.integers(0, length), "length")
 
     def some_sequences(self, data: st.DataObject) -> list[int]:
         """Some, in any order."""

@@ -147,7 +147,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     ledger = config.stash[LEDGER]
     if not ledger.examples:
         return
-    terminalreporter.section(f"what ran: {ledger.examples} examples")
+    steps = sum(ledger.steps.values())
+    terminalreporter.section(f"what ran: {ledger.examples} examples of {len(ledger.specs)} specs, {steps:,} steps")
     terminalreporter.write_line(ledger.tables())
     for backend, absent in _missing(ledger).items() if config.getoption("--complete") else ():
         if absent:
