@@ -15,12 +15,16 @@ SCHEMA := specs/schema/spec.v1.schema.json
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# Triton decides when it is imported whether kernels are interpreted, so these cannot be one run.
+# Triton decides when it is imported whether kernels are interpreted, so these cannot be one run; and tests/hf_parity
+# has processes of its own.
+PYTEST := $(BIN)/python -m pytest
+PARALLEL := -n auto --maxprocesses 8 --dist
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not interpreter and not aot and not gpu" --ignore=tests/equivalence
-	$(BIN)/python -m pytest -n auto --dist worksteal --complete tests/equivalence
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto --dist worksteal -m interpreter tests/backends/kernels tests/equivalence
-	$(BIN)/python -m pytest -m aot tests/backends/kernels
+	$(PYTEST) $(PARALLEL) loadfile -m "not interpreter and not aot and not gpu" --ignore=tests/hf_parity --ignore=tests/equivalence
+	$(PYTEST) tests/hf_parity
+	$(PYTEST) $(PARALLEL) worksteal --complete tests/equivalence
+	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) worksteal -m interpreter tests/backends/kernels tests/equivalence
+	$(PYTEST) -m aot tests/backends/kernels
 
 check: $(INSTALLED)
 	$(BIN)/ruff check

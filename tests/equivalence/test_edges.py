@@ -12,7 +12,7 @@ import pytest
 
 from qwenspec.spec.document import Spec
 from qwenspec.verify.case import Case
-from qwenspec.verify.steps import Add, CacheSizes, Fork, Forward, Poison, Popn, Remove, Restart, Step
+from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step
 from qwenspec.verify.strategies import spec_of
 
 PAGE, WINDOW, TRAINED = 4, 6, 8
@@ -64,7 +64,9 @@ def forks_and_rollbacks(lengths: list[int], told: list[int | None]) -> Iterator[
         yield Forward({0: ids(3, number + 1)}, "batch_prefill")
         yield Forward({1: ids(1, number + 2), 0: ids(1, number + 3)}, "batch_decode")
         yield Remove(0)
-        yield Forward({1: ids(5, number + 4)}, "batch_verify")
+        yield Forward({1: ids(4, number + 4)}, "batch_verify", {1: (-1, 0, 0, 2)})
+        yield Commit({1: 3})
+        yield Forward({1: ids(3, number + 5)}, "batch_verify")
         yield Remove(1)
     yield Restart(SIZES)
 
