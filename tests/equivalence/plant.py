@@ -42,7 +42,7 @@ WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "machines")
 PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
 TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
 WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]
-INTERPRETER = ["-m", "interpreter", TESTS]
+INTERPRETER = ["-m", "interpreter", *(f"{TESTS}/test_{name}.py" for name in ("edges", "long", "interpreter"))]
 
 
 @dataclass(frozen=True)
