@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from cli_runs import ROOT
 
-PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutants.md")]  # that one a program writes
+# A program writes mutants.md, and there are no commands in it.
+PAGES = [ROOT / "README.md", *(p for p in sorted((ROOT / "docs").glob("*.md")) if p.name != "mutants.md")]
 FENCE = re.compile(r"^( *)```(\w+)\n(.*?)^ *```$", re.M | re.S)
 NAMED = re.compile(r"# ([\w-]+\.yaml)\n")
 EXITS = re.compile(r"  # exits (\d)$")
