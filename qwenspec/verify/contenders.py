@@ -98,10 +98,10 @@ class ReferenceContender:
 class PackageContender:
     """A generated package, through the methods and the cache that its users call."""
 
-    def __init__(self, name: str, runner: Runner, kernels: Counter[str], sizes: CacheSizes) -> None:
+    def __init__(self, name: str, runner: Runner, sizes: CacheSizes, kernels: Counter[str] | None = None) -> None:
         """kernels: how often each has run, which whoever opened the runner keeps up to date."""
         self.name = name
-        self.kernels = kernels
+        self.kernels = Counter() if kernels is None else kernels
         self._runner = runner
         self._cache = self._new_cache(sizes)
 
