@@ -49,9 +49,8 @@ def _open(name: str, case: Case) -> Contender:
         from qwenspec.verify.huggingface import HuggingFaceContender
 
         return HuggingFaceContender(case.spec, _folder_of(case, "float32"))
-    return PackageContender(
-        name, *_runner(case.spec, name, _folder_of(case, case.dtype), case.device, case.dtype), case.sizes
-    )
+    runner, kernels = _runner_of(case, name)
+    return PackageContender(name, runner, case.sizes, kernels)
 
 
 def _folder_of(case: Case, dtype: str) -> Path:
