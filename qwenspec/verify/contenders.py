@@ -19,7 +19,7 @@ from qwenspec.spec.document import Spec
 from qwenspec.spec.rope import DynamicQwen1
 from qwenspec.verify.reference import Reference, TokenSequence
 from qwenspec.verify.reference_rope import Array
-from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step
+from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step, depths
 
 Rows = Array | npt.NDArray[np.float32]
 HOSTAGES = 3  # sequences full of NaN, which take pages between those of the others
@@ -84,10 +84,7 @@ class ReferenceContender:
         """The sequence as it is after each node, had its path been decoded token by token."""
         root = sequence.fork()
         if self._freezes and root.length == 0:  # for good, by what the whole forward has
-            depths: list[int] = []
-            for parent in parents:
-                depths.append(1 if parent < 0 else depths[parent] + 1)
-            root.prompt_length = max(root.prompt_length, *depths)
+            root.prompt_length = max(root.prompt_length, 1 + max(depths(parents)))
         nodes: list[TokenSequence] = []
         for token, parent in zip(ids, parents, strict=True):
             nodes.append((root if parent < 0 else nodes[parent]).fork())

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qwenspec.verify.result import Check
-from qwenspec.verify.steps import Add, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step
+from qwenspec.verify.steps import Add, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step, depths, path
 
 Place = tuple[int, int]  # sequence and position of a row
 
@@ -85,7 +85,7 @@ class History:
         for seq, ids in step.tokens.items():
             past = self._sequences[seq]
             length, parents = len(past.tokens), step.trees[seq] if step.trees is not None else None
-            places += [(seq, length + depth) for depth in (range(len(ids)) if parents is None else _depths(parents))]
+            places += [(seq, length + depth) for depth in (range(len(ids)) if parents is None else depths(parents))]
             if not length and any(ids and old[: len(ids)] == list(ids) for old in self._removed):
                 past.marks |= {Check.PREEMPTION}
             if parents is None:
@@ -106,11 +106,7 @@ class History:
         assert self._trees.trees is not None
         for seq, leaf in leaves.items():
             past, ids, parents = self._sequences[seq], self._trees.tokens[seq], self._trees.trees[seq]
-            path: list[int] = []
-            while leaf >= 0:
-                path.append(ids[leaf])
-                leaf = parents[leaf]
-            past.tokens = past.tokens + path[::-1]
+            past.tokens = past.tokens + [ids[node] for node in path(parents, leaf)]
             past.marks |= {Check.TOKEN_TREES}
 
 
@@ -118,13 +114,6 @@ def _kind(length: int, new: int) -> Check:
     if length == 0:
         return Check.PREFILL
     return Check.DECODE if new == 1 else Check.CHUNKED_PREFILL
-
-
-def _depths(parents: tuple[int, ...]) -> list[int]:
-    depths: list[int] = []
-    for parent in parents:
-        depths.append(0 if parent < 0 else depths[parent] + 1)
-    return depths
 
 
 def brief(step: Step) -> str:

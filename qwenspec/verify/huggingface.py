@@ -13,7 +13,7 @@ from qwenspec.hf.exporter import export_config
 from qwenspec.spec.document import Spec
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, LongRope
 from qwenspec.verify.contenders import Rows
-from qwenspec.verify.steps import Add, Commit, Fork, Forward, Popn, Remove, Restart, Step
+from qwenspec.verify.steps import Add, Commit, Fork, Forward, Popn, Remove, Restart, Step, path
 
 
 def obstacle(spec: Spec) -> str | None:
@@ -61,7 +61,7 @@ class HuggingFaceContender:
             case Commit(leaves):
                 for seq, leaf in leaves.items():
                     ids, parents = self._waiting[seq]
-                    self._tokens[seq] = self._tokens[seq] + _path(ids, parents, leaf)
+                    self._tokens[seq] = self._tokens[seq] + [ids[node] for node in path(parents, leaf)]
                 self._waiting = {}
             case Fork(parent, child, at):
                 self._tokens[child] = self._tokens[parent][:at]
@@ -84,7 +84,9 @@ class HuggingFaceContender:
             else:
                 parents = step.trees[seq]
                 self._waiting[seq] = ids, parents
-                rows += [self._logits(before + _path(ids, parents, node))[-1:] for node in range(len(ids))]
+                for leaf in range(len(ids)):
+                    own = [ids[node] for node in path(parents, leaf)]
+                    rows.append(self._logits(before + own)[-1:])
         return np.concatenate(rows)
 
     def _logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
@@ -100,11 +102,3 @@ class HuggingFaceContender:
             rows = normalize(states, dim=-1) if self._embedding.normalize else states
         array: npt.NDArray[np.float32] = rows.numpy()
         return array
-
-
-def _path(ids: tuple[int, ...], parents: tuple[int, ...], node: int) -> list[int]:
-    path: list[int] = []
-    while node >= 0:
-        path.append(ids[node])
-        node = parents[node]
-    return path[::-1]

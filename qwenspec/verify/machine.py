@@ -11,8 +11,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from qwenspec.verify.case import Case
 from qwenspec.verify.ledger import Ledger
 from qwenspec.verify.session import Disagreement, Session
-from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Method, Poison, Popn, Remove, Restart
+from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Method, Poison, Popn, Remove, Restart, path
 
+MAX_LENGTH = 72  # of a sequence, in tokens, where nothing else is asked for
 MAX_TREE = 10
 PREFILLS: tuple[Method, ...] = ("batch_verify", "batch_prefill", "prefill")
 Tokens = dict[int, tuple[int, ...]]
@@ -83,26 +84,16 @@ class Workload(RuleBasedStateMachine):
     def roll_back(self, data: st.DataObject) -> None:
         """And the sequence goes on otherwise."""
         seq = data.draw(st.sampled_from(sorted(self.tokens)), "sequence")
-        length = self.some_length(data, seq)
-        if self.do(Popn(seq, len(self.tokens[seq]) - length)):
-            self.tokens[seq] = self.tokens[seq][:length]
+        if self.forget(seq, len(self.tokens[seq]) - self.some_length(data, seq)):
             self.prefill_some(data, seq)
 
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.tokens)), "sequence")
-        self.do(Remove(seq))
-        del self.tokens[seq]
-        if not self.tokens:
-            self.arrive(data)
+        self.remove_one(data)
 
     @rule(data=st.data())
     def preempt(self, data: st.DataObject) -> None:
-        seq = data.draw(st.sampled_from(sorted(self.tokens)), "sequence")
-        self.do(Remove(seq))
-        self.preempted.append(self.tokens.pop(seq))
-        if not self.tokens:
-            self.arrive(data)
+        self.preempted.append(self.remove_one(data))
 
     @precondition(lambda self: self.preempted and self.has_room())
     @rule()
@@ -170,9 +161,7 @@ class Workload(RuleBasedStateMachine):
             return
         n = data.draw(st.integers(1, most), "drafts")
         if self.forward({seq: self.new_tokens(n)}):
-            wrong = data.draw(st.integers(0, n), "wrong")
-            if self.do(Popn(seq, wrong)):
-                self.tokens[seq] = self.tokens[seq][: len(self.tokens[seq]) - wrong]
+            self.forget(seq, data.draw(st.integers(0, n), "wrong"))
 
     @precondition(lambda self: self.cache_sizes.chunk > 1)
     @rule(data=st.data())
@@ -197,11 +186,7 @@ class Workload(RuleBasedStateMachine):
         leaves = {seq: data.draw(st.integers(-1, len(trees[seq]) - 1), "leaf") for seq in order}
         self.do(Commit(leaves))
         for seq, leaf in leaves.items():
-            path = []
-            while leaf >= 0:
-                path.append(tokens[seq][leaf])
-                leaf = trees[seq][leaf]
-            self.tokens[seq] += path[::-1]
+            self.tokens[seq] += [tokens[seq][node] for node in path(trees[seq], leaf)]
 
     # ---------------------------------------------------------------------------------------------------- cache
 
@@ -226,6 +211,22 @@ class Workload(RuleBasedStateMachine):
         for seq, ids in tokens.items():
             self.tokens[seq] += ids
         return True
+
+    def forget(self, seq: int, n: int) -> bool:
+        """The last n tokens of a sequence. False when nobody can."""
+        if not self.do(Popn(seq, n)):
+            return False
+        self.tokens[seq] = self.tokens[seq][: len(self.tokens[seq]) - n]
+        return True
+
+    def remove_one(self, data: st.DataObject) -> list[int]:
+        """A sequence goes, and if it was the last, another comes. The tokens of the one that went."""
+        seq = data.draw(st.sampled_from(sorted(self.tokens)), "sequence")
+        self.do(Remove(seq))
+        tokens = self.tokens.pop(seq)
+        if not self.tokens:
+            self.arrive(data)
+        return tokens
 
     def has_room(self) -> bool:
         return len(self.tokens) < self.cache_sizes.max_batch_size
@@ -266,9 +267,9 @@ def workload(
     cases: st.SearchStrategy[Case],
     sizes: st.SearchStrategy[CacheSizes],
     ledger: Ledger,
-    on_start: Callable[[Session], None] = lambda session: None,
-    on_disagreement: Callable[[Disagreement], None] = lambda disagreement: None,
-    max_length: int = 72,
+    on_start: Callable[[Session], None],
+    on_disagreement: Callable[[Disagreement], None],
+    max_length: int,
 ) -> type[Workload]:
     """The state machine of these cases, for hypothesis.stateful.run_state_machine_as_test.
 

@@ -33,15 +33,6 @@ def open_contenders(case: Case) -> dict[str, Contender]:
     return {name: _open(name, case) for name in case.contenders}
 
 
-def runner_of(case: Case, backend: str) -> Runner:
-    """A backend's package of the case's spec, on its weights."""
-    return _runner_of(case, backend)[0]
-
-
-def _runner_of(case: Case, backend: str) -> tuple[Runner, Counter[str]]:
-    return _runner(case.spec, backend, _folder_of(case, case.dtype), case.device, case.dtype)
-
-
 def _open(name: str, case: Case) -> Contender:
     if name == REFERENCE:
         return ReferenceContender(case.spec, _weights(case))
@@ -49,7 +40,7 @@ def _open(name: str, case: Case) -> Contender:
         from qwenspec.verify.huggingface import HuggingFaceContender
 
         return HuggingFaceContender(case.spec, _folder_of(case, "float32"))
-    runner, kernels = _runner_of(case, name)
+    runner, kernels = _runner(case.spec, name, _folder_of(case, case.dtype), case.device, case.dtype)
     return PackageContender(name, runner, case.sizes, kernels)
 
 

@@ -14,7 +14,7 @@ from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
 from qwenspec.verify.features import features
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.ledger import Ledger
-from qwenspec.verify.machine import workload
+from qwenspec.verify.machine import MAX_LENGTH, workload
 from qwenspec.verify.session import Disagreement, Session
 from qwenspec.verify.steps import CacheSizes
 
@@ -49,7 +49,7 @@ def search(
     settings: hypothesis.settings | None = None,
     on_start: Callable[[Session], None] = lambda session: None,
     on_disagreement: Callable[[Disagreement], None] = lambda disagreement: None,
-    max_length: int = 72,
+    max_length: int = MAX_LENGTH,
 ) -> Disagreement | None:
     """Draw `examples` cases with workloads of up to `steps` draws each; the smallest disagreement, if there is one.
 

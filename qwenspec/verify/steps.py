@@ -6,7 +6,7 @@ Steps can be kept as JSON and done again, by any contender (`qwenspec.verify.con
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, Literal
@@ -115,6 +115,23 @@ Step = Restart | Add | Forward | Commit | Fork | Popn | Remove | Poison
 KINDS: dict[str, type[Step]] = {
     kind.__name__.lower(): kind for kind in (Restart, Add, Forward, Commit, Fork, Popn, Remove, Poison)
 }
+
+
+def path(parents: Sequence[int], leaf: int) -> list[int]:
+    """The nodes of a token tree from a root to this leaf, itself included; of -1, none."""
+    nodes: list[int] = []
+    while leaf >= 0:
+        nodes.append(leaf)
+        leaf = parents[leaf]
+    return nodes[::-1]
+
+
+def depths(parents: Sequence[int]) -> list[int]:
+    """How many ancestors each node of a token tree has."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(0 if parent < 0 else found[parent] + 1)
+    return found
 
 
 def kind_of(step: Step) -> str:

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from qwenspec.verify.session import Disagreement, Session
     from qwenspec.verify.watch import Watch
 
-EXAMPLES, STEPS, SEQUENCE = 20, 30, 72  # draws of an example, tokens of a sequence
-EXAMPLES_OF_CHECKPOINT, STEPS_OF_CHECKPOINT, SEQUENCE_OF_CHECKPOINT = 3, 8, 24
+EXAMPLES, STEPS = 20, 30  # draws of an example
+EXAMPLES_OF_CHECKPOINT, STEPS_OF_CHECKPOINT, MAX_LENGTH_OF_CHECKPOINT = 3, 8, 24
 DTYPES = get_args(Dtype)
 SEEDS = 4  # checkpoints of random weights: opening one takes longer than a workload on it
 PROMPT = 40  # tokens of the forward whose modules are compared
@@ -239,6 +239,7 @@ def _workloads(
     import hypothesis
     from hypothesis import strategies as st
 
+    from qwenspec.verify.machine import MAX_LENGTH
     from qwenspec.verify.search import DEFAULTS, search
     from qwenspec.verify.strategies import cache_sizes
 
@@ -262,7 +263,7 @@ def _workloads(
         settings=hypothesis.settings(DEFAULTS, verbosity=hypothesis.Verbosity.quiet),  # stdout is for the result
         on_start=start,
         on_disagreement=watch.fail,
-        max_length=SEQUENCE_OF_CHECKPOINT if with_weights else SEQUENCE,
+        max_length=MAX_LENGTH_OF_CHECKPOINT if with_weights else MAX_LENGTH,
     )
 
 

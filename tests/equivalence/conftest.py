@@ -19,7 +19,8 @@ import pytest
 import torch
 from hypothesis import Phase
 
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.backend.registry import installed
+from qwenspec.verify.case import Case
 from qwenspec.verify.failure import write_failure
 from qwenspec.verify.features import features, schema_features
 from qwenspec.verify.ledger import Ledger
@@ -145,17 +146,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     ledger = config.stash[LEDGER]
-    if not ledger.examples:
-        return
-    steps = sum(ledger.steps.values())
-    terminalreporter.section(f"what ran: {ledger.examples} examples of {len(ledger.specs)} specs, {steps:,} steps")
-    terminalreporter.write_line(ledger.tables())
+    if ledger.examples:
+        steps = sum(ledger.steps.values())
+        terminalreporter.section(f"what ran: {ledger.examples} examples of {len(ledger.specs)} specs, {steps:,} steps")
+        terminalreporter.write_line(ledger.tables())
     for backend, absent in _missing(ledger).items() if config.getoption("--complete") else ():
         if absent:
             terminalreporter.write_line(f"{backend}: no example had {', '.join(sorted(absent))}")
 
 
 def _missing(ledger: Ledger) -> dict[str, frozenset[str]]:
-    """Of each backend the features of the schema that nothing showed."""
-    backends = {name for pair in ledger.pairs for name in pair if name not in (REFERENCE, HUGGING_FACE)}
-    return {backend: ledger.missing(schema_features(), backend) for backend in sorted(backends)}
+    """Of each installed backend the features of the schema that nothing showed: all of them, if it never ran."""
+    return {backend: ledger.missing(schema_features(), backend) for backend in installed()}

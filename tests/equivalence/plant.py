@@ -38,7 +38,7 @@ TIME_LIMIT = 1200  # seconds of a stage
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
-WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "machines")]
+WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "machines")]
 PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
 TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
 WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]

@@ -37,7 +37,7 @@ def wide_spec(sliding_window: Any = None, rope: Any = None) -> Spec:
             "norm": {"eps": 1e-6},
             "attention": {"head_dim": 16, "bias": {"qkv": True}, "sliding_window": sliding_window},
             "rope": rope or {"theta": 10000.0},
-            "mlp": {"bias": True},
+            "mlp": {"activation": "gelu", "bias": True},
         }
     )
 

@@ -6,13 +6,13 @@ which costs more than the steps do, so that its examples have more of them, and 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
 
 from qwenspec.spec.document import Spec
 from qwenspec.verify.search import cases
-from qwenspec.verify.steps import CacheSizes
 from qwenspec.verify.strategies import SCALINGS, cache_sizes, spec_of, specs
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -41,7 +41,7 @@ def test_hugging_face(scaling: str | None, look: Look) -> None:
 
 
 def test_pages_behind_every_window_are_given_back(look: Look) -> None:
-    evicting = cache_sizes().map(lambda s: CacheSizes(s.page_size, s.pages, s.max_batch_size, s.chunk, evicts=True))
+    evicting = cache_sizes().map(lambda sizes: dataclasses.replace(sizes, evicts=True))
     look(cases(specs().map(sliding), evicting, ("triton",)), evicting, examples=8, steps=16, seed=3)
 
 

@@ -14,21 +14,18 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from cli_runs import ROOT, TINY, call
-from hypothesis import given, settings
+from cli_runs import TINY, call
 
 from qwenspec.diagnostics import SpecError
 from qwenspec.spec.document import Spec
-from qwenspec.spec.load import load, load_all
+from qwenspec.spec.load import load
 from qwenspec.verify import failure, opening
 from qwenspec.verify import session as session_module
 from qwenspec.verify.case import Case
 from qwenspec.verify.contenders import ReferenceContender, Rows
-from qwenspec.verify.failure import locate, replay, spec_file, write_failure
-from qwenspec.verify.reduce import reduced
+from qwenspec.verify.failure import locate, replay, write_failure
 from qwenspec.verify.session import Disagreement, Session
 from qwenspec.verify.steps import Add, CacheSizes, Fork, Forward, Step
-from qwenspec.verify.strategies import specs
 from qwenspec.verify.weights import random_weights
 
 SIZES = CacheSizes(page_size=4, pages=8, max_batch_size=3, chunk=16)
@@ -163,25 +160,21 @@ def off(step: Step, rows: Rows | None) -> Rows | None:
     return rows if rows is None else 1.1 * rows
 
 
-def contend(monkeypatch: pytest.MonkeyPatch, faults: Mapping[str, Fault], changed: Mapping[str, str]) -> None:
-    """Sessions are of the reference and contenders with these faults; a tensor of some is 1.5 times what it was."""
+def made_up(
+    spec: Spec, monkeypatch: pytest.MonkeyPatch, changed: Mapping[str, str] | None = None, **faults: Fault
+) -> Case:
+    """Of the reference and contenders with these faults. `changed`: a tensor of some is 1.5 times what it was."""
 
     def open_contenders(case: Case) -> dict[str, ReferenceContender]:
         weights = random_weights(case.spec, case.seed)
         opened = {"reference": ReferenceContender(case.spec, weights)}
         for name, fault in faults.items():
             opened[name] = Odd(name, case, fault)
-            if tensor := changed.get(name):
+            if tensor := (changed or {}).get(name):
                 opened[name]._model = type(opened[name]._model)(case.spec, weights | {tensor: 1.5 * weights[tensor]})
         return opened
 
     monkeypatch.setattr(session_module, "open_contenders", open_contenders)
-
-
-def made_up(
-    spec: Spec, monkeypatch: pytest.MonkeyPatch, changed: Mapping[str, str] | None = None, **faults: Fault
-) -> Case:
-    contend(monkeypatch, faults, changed or {})
     return Case(spec, 0, "float32", SIZES, ("reference", *faults))
 
 
@@ -403,47 +396,3 @@ def test_a_library_that_is_needed_may_be_missing(
     monkeypatch.setattr(failure, "find_spec", lambda name: None if name == "transformers" else name)
     with pytest.raises(SpecError, match="needs `transformers`, which cannot be imported"):
         replay(folder)
-
-
-# -------------------------------------------------------------------------------------------- specs and checkpoints
-
-
-def assert_loads_back(spec: Spec, folder: Path) -> None:
-    file = folder / "back.yaml"
-    file.write_text(spec_file(spec))
-    (again,) = load_all(file)
-    assert again.sha256() == spec.sha256()
-    assert again.description == spec.description
-
-
-@settings(max_examples=40, deadline=None, derandomize=True)
-@given(spec=specs())
-def test_a_drawn_spec_loads_back(tmp_path_factory: pytest.TempPathFactory, spec: Spec) -> None:
-    assert_loads_back(spec, tmp_path_factory.getbasetemp())
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "specs").glob("*.yaml")), ids=lambda file: file.stem)
-def test_specs_of_releases_load_back(file: Path, tmp_path: Path) -> None:
-    for spec in load_all(file):
-        assert_loads_back(spec, tmp_path)
-        if not spec.quantization:
-            assert_loads_back(reduced(spec), tmp_path)
-
-
-def test_files_elsewhere_are_not_needed(spec: Spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layout in a file of its own comes along; a checkpoint is named from the root."""
-    shutil.copy(ROOT / "qwenspec" / "spec" / "layouts" / "qwen2.yaml", tmp_path / "names.yaml")
-    own = tmp_path / "own.yaml"
-    own.write_text(TINY.replace("  dtype:", "  checkpoint: {layout: ./names.yaml}\n  dtype:"))
-    contend(monkeypatch, {"a": off}, {})
-    monkeypatch.chdir(tmp_path)
-    Path("weights").mkdir()
-    case = Case(load(own), 0, "float32", SIZES, ("reference", "a"), Path("weights"))
-    folder = write_failure(found_in(case), tmp_path / "elsewhere" / "one")
-    (tmp_path / "names.yaml").unlink()
-    monkeypatch.chdir(folder)
-    again = replay(Path())
-    assert again is not None
-    assert again.case.weights == tmp_path / "weights"
-    assert load("spec.yaml").sha256() == again.case.spec.sha256()
-    assert again.case.spec.architecture.checkpoint.layout == again.case.spec.layout == spec.layout

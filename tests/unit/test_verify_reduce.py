@@ -11,12 +11,12 @@ from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load_all
 from qwenspec.spec.rules import RULES
 from qwenspec.verify.features import features
+from qwenspec.verify.machine import MAX_LENGTH
 from qwenspec.verify.reduce import LENGTH, VOCABULARY, WIDTH, reduced
 from qwenspec.verify.reference import window_of_layer
 from qwenspec.verify.strategies import spec_of
 
 RELEASED = [spec for file in sorted((Path(__file__).parents[2] / "specs").glob("*.yaml")) for spec in load_all(file)]
-SEQUENCE = 72  # tokens of a workload's longest sequence
 QWEN: dict[str, Any] = {
     "vocab_size": 151936,
     "hidden_size": 3584,
@@ -81,11 +81,8 @@ def test_kinds_of_layers_are_kept(layers: Any, windows: list[int | None]) -> Non
     arch = smaller(attention={"sliding_window": {"window": 4096, "layers": layers}}).architecture
     found = [window_of_layer(arch.attention.sliding_window, i) for i in range(arch.num_hidden_layers)]
     assert found == windows
-    assert type(arch.attention.sliding_window.layers) is type(  # type: ignore[union-attr]
-        spec_of(
-            QWEN | {"attention": {"sliding_window": {"window": 9, "layers": layers}}}
-        ).architecture.attention.sliding_window.layers  # type: ignore[union-attr]
-    )
+    full_size = spec_of(QWEN | {"attention": {"sliding_window": {"window": 9, "layers": layers}}}).architecture
+    assert type(arch.attention.sliding_window.layers) is type(full_size.attention.sliding_window.layers)
 
 
 def test_lengths_shrink_together() -> None:
@@ -99,9 +96,9 @@ def test_lengths_shrink_together() -> None:
     assert arch.attention.sliding_window is not None
     assert arch.attention.logn is not None
     assert arch.attention.sliding_window.window == LENGTH
-    assert arch.attention.logn.train_length == arch.rope.scaling.original_max_position_embeddings == 2 * LENGTH  # type: ignore[union-attr]
+    assert arch.attention.logn.train_length == arch.rope.scaling.original_max_position_embeddings == 2 * LENGTH
     assert arch.max_position_embeddings == 8 * LENGTH  # four times the original length, as before
-    assert arch.rope.scaling.long_factor == tuple(divisors)  # type: ignore[union-attr]
+    assert arch.rope.scaling.long_factor == tuple(divisors)
 
 
 @pytest.mark.parametrize(
@@ -114,9 +111,9 @@ def test_lengths_shrink_together() -> None:
 )
 def test_sequences_pass_the_lengths_of_rope(scaling: dict[str, Any]) -> None:
     arch = smaller(rope={"theta": 1e6, "scaling": scaling}).architecture
-    told = arch.rope.scaling.model_dump() | {"dynamic": arch.max_position_embeddings}  # type: ignore[union-attr]
+    told = arch.rope.scaling.model_dump() | {"dynamic": arch.max_position_embeddings}
     length = told.get("train_length") or told.get("original_max_position_embeddings") or told["dynamic"]
-    assert 2 * length + 1 < SEQUENCE
+    assert 2 * length + 1 < MAX_LENGTH
 
 
 def test_what_is_small_stays() -> None:
