@@ -14,10 +14,12 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    runtime, shared = ["cache", "graphs", "weights"], ["checkpoint", "sequences", "text"]
+    runtime, shared = ["cache", "graphs", "weights"], ["checkpoint", "sequences", "stored", "text"]
     if shape.head != "embedding":
         runtime.append("generate")
         shared.append("generation")
+    if shape.weights or shape.head_weights:
+        shared.append("quantized")
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
         **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),

@@ -14,12 +14,14 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out, shared = {"__init__"}, ["checkpoint", "sequences", "text"]
+    left_out, shared = {"__init__"}, ["checkpoint", "sequences", "stored", "text"]
     if shape.head == "embedding":
         left_out.add("generate")
     else:
         shared.append("generation")
     runtime = [file for file in sorted((HERE / "runtime").glob("*.py")) if file.stem not in left_out]
+    if shape.weights or shape.head_weights:
+        shared.append("quantized")
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
         **vendor(runtime, shape),

@@ -36,7 +36,7 @@ def fold(source: str, flags: Mapping[str, Flag]) -> str:
     original = _Text(source)
     source = _DECLARATION.sub("", source)
     source = _apply(source, list(_docstrings(_Text(source), flags)))
-    while edits := list(_branches(_Text(source), flags)):
+    while edits := list(_branches(text := _Text(source), flags)) or list(_unreachable(text)):
         source = _apply(source, edits)
     while edits := list(_unused(_Text(source), original)):
         source = _apply(source, edits)
@@ -144,6 +144,16 @@ def _branches(text: _Text, flags: Mapping[str, Flag]) -> Iterator[Edit]:
             waiting += ast.iter_child_nodes(node)
 
 
+def _unreachable(text: _Text) -> Iterator[Edit]:
+    """What follows a `return` or `raise` that a branch ended with."""
+    for node in ast.walk(text.tree):
+        for _, block in ast.iter_fields(node):
+            if isinstance(block, list):
+                ends = [i for i, child in enumerate(block) if isinstance(child, ast.Return | ast.Raise)]
+                if ends and block[ends[0] + 1 :]:
+                    yield *text.lines(block[ends[0] + 1], block[-1]), ""
+
+
 def _operand(text: _Text, node: ast.expr) -> str:
     return f"({text.text(node)})" if isinstance(node, ast.BoolOp | ast.IfExp | ast.NamedExpr) else text.text(node)
 
@@ -216,7 +226,9 @@ def _unused(text: _Text, original: _Text) -> Iterator[Edit]:
     for body in [text.tree.body, *(node.body for node in text.tree.body if isinstance(node, ast.ClassDef))]:
         for statement in body:
             match statement:
-                case ast.FunctionDef(name=name) | ast.Assign(targets=[ast.Name(id=name)]) if name in gone:
+                case ast.FunctionDef(name=name) if name in gone and body is text.tree.body:
+                    yield *text.lines(statement, statement), ""
+                case ast.Assign(targets=[ast.Name(id=name)]) if name in gone:
                     yield *text.lines(statement, statement), ""
                 case ast.Import(names=aliases) | ast.ImportFrom(names=aliases):
                     kept = [alias for alias in aliases if (alias.asname or alias.name).split(".")[0] not in gone]

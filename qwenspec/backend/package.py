@@ -9,8 +9,9 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, astuple, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from qwenspec.backend.config import config_fields
 from qwenspec.backend.emit import environment
 from qwenspec.backend.fold import declared_flags, fold
 from qwenspec.backend.registry import MANIFEST
-from qwenspec.backend.structure import Structure, structure
+from qwenspec.backend.structure import Structure, packing, structure
 from qwenspec.ir import rope as formulas
-from qwenspec.ir.nodes import Model, Param
+from qwenspec.ir.nodes import Model, WeightFormat
+from qwenspec.ir.quantized import Block, blocks, stored_tensors
 
 HERE = Path(__file__).parent  # its templates/ and runtime/ are what packages of all backends share
 
@@ -46,14 +48,11 @@ def common(shape: Structure, *names: str, **flags: bool) -> dict[str, str]:
 
 
 def manifest(model: Model) -> dict[str, str]:
-    """What weights.py reads: each parameter's shape and sources, one entry for the same parameter of all layers."""
-    params = [p for p in model.params() if not p.name.startswith("layers.") or p.name.startswith("layers.0.")]
-    content = {
-        "num_layers": len(model.layers),
-        "ignored_tensors": list(model.ignored_tensors),
-        "parameters": [_entry(param, model.checkpoint_layer) for param in params],
-    }
-    return {MANIFEST: json.dumps(content)}
+    """What checkpoint.py reads: each parameter's shape and sources, one entry for the same parameter of all layers."""
+    content: dict[str, Any] = {"num_layers": len(model.layers), "ignored_tensors": list(model.ignored_tensors)}
+    if structure(model).weights:
+        content["zero_tensors"] = list(model.zero_tensors)
+    return {MANIFEST: json.dumps(content | {"parameters": _entries(model)})}
 
 
 def template_context(model: Model) -> dict[str, Any]:
@@ -63,6 +62,7 @@ def template_context(model: Model) -> dict[str, Any]:
         "model": model,
         "fields": config_fields(model, shape.windows),
         "attention_title": attention_title(model),
+        "linear_blocks": linear_blocks(model),
         **rope_context(model),
     }
 
@@ -76,6 +76,20 @@ def attention_title(model: Model) -> str:
     features += ["LogN scaling"] if attention.logn else []
     features += ["a sliding window"] if any(layer.mixer.window for layer in model.layers) else []
     return f"{kind} attention over a paged cache" + (f", with {' and '.join(features)}" if features else "")
+
+
+def linear_blocks(model: Model) -> dict[str, list[tuple[str, int, bool]]]:
+    """The linear layers that are not quantised in one piece, by address: of each block of rows, from the top, its part
+    (empty for a whole matrix), how many rows it has, and whether it is quantised."""
+    found = {}
+    for linear in (linear for layer in model.layers for linear in layer.linears()):
+        pieces = blocks(linear.weight)
+        if len(pieces) > 1 or pieces[0].format is None:
+            parts = [piece.name.removeprefix(linear.name).removesuffix("weight").strip(".") for piece in pieces]
+            found[linear.name] = [
+                (part, piece.rows, piece.format is not None) for part, piece in zip(parts, pieces, strict=True)
+            ]
+    return found
 
 
 def rope_context(model: Model) -> dict[str, Any]:
@@ -105,11 +119,56 @@ def _fold(source: str, flags: tuple[tuple[str, bool | str], ...]) -> str:
     return fold(source, dict(flags))
 
 
-def _entry(param: Param, checkpoint_layer: str) -> dict[str, Any]:
-    """Layer 0's parameter stands for all: `{i}` takes the place of its index in every name."""
-    sources = [(source.tensor, source.rows) for source in param.sources]
-    if param.name.startswith("layers.0."):
-        first = checkpoint_layer.replace("{i}", "0")
-        sources = [(checkpoint_layer + tensor.removeprefix(first), rows) for tensor, rows in sources]
-    name = param.name.replace("layers.0.", "layers.{i}.")
-    return {"name": name, "shape": list(param.shape), "sources": sources}
+def _entries(model: Model) -> list[dict[str, Any]]:
+    """Of parameters that layers have in common one, with `{i}` in place of the layer; `layers` when not all have it."""
+    layers: dict[str, list[int]] = {}
+    entries: dict[str, dict[str, Any]] = {}
+    for param in model.params():
+        layer = re.match(r"layers\.(\d+)\.", param.name)
+        for block in blocks(param):
+            entry = _entry(block, param.shape[1:])
+            if layer:
+                entry = _in_any_layer(entry, model.checkpoint_layer, int(layer[1]))
+            key = json.dumps(entry)
+            entries[key] = entry
+            layers.setdefault(key, []).append(int(layer[1]) if layer else 0)
+    for key, entry in entries.items():
+        if "{i}" in entry["name"] and len(layers[key]) < len(model.layers):
+            entry["layers"] = layers[key]
+    return list(entries.values())
+
+
+def _entry(block: Block, columns: tuple[int, ...]) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": block.name, "shape": [block.rows, *columns]}
+    if block.format is None:
+        return entry | {"sources": [(source.tensor, source.rows) for source in block.sources]}
+    tensors = [stored_tensors(source, *columns) for source in block.sources]
+    return entry | {
+        "format": _format(block.format),
+        "sources": [
+            {"rows": source.rows, "tensors": {suffix: astuple(tensor) for suffix, tensor in stored.items()}}
+            for source, stored in zip(block.sources, tensors, strict=True)
+        ],
+    }
+
+
+def _format(format: WeightFormat) -> dict[str, Any]:
+    return {"packing": packing(format), **asdict(format)}
+
+
+def _in_any_layer(entry: dict[str, Any], checkpoint_layer: str, layer: int) -> dict[str, Any]:
+    """`{i}` takes the place of the layer's index in every name."""
+    names = {f"layers.{layer}.": "layers.{i}.", checkpoint_layer.replace("{i}", str(layer)): checkpoint_layer}
+
+    def general(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: general(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [general(inner) for inner in value]
+        if isinstance(value, str):
+            for prefix, replaced in names.items():
+                if value.startswith(prefix):
+                    return replaced + value.removeprefix(prefix)
+        return value
+
+    return {key: general(value) for key, value in entry.items()}

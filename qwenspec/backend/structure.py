@@ -5,7 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from qwenspec.ir.nodes import DynamicQwen1Rope, DynamicRope, EmbeddingHead, LmHead, LongRope, Model
+from qwenspec.ir.nodes import (
+    DynamicQwen1Rope,
+    DynamicRope,
+    EmbeddingHead,
+    Fp8Format,
+    IntFormat,
+    LmHead,
+    LongRope,
+    Model,
+    WeightFormat,
+)
+from qwenspec.ir.quantized import blocks
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,9 @@ class Structure:
     head: Literal["linear", "tied", "embedding"]
     head_dtype: str | None  # when it is not the model's
     normalize: bool
+    weights: WeightFormat | None  # of the quantised linear layers, if there are any
+    apart: bool  # … and some are in full precision, or in blocks of rows of their own
+    head_weights: WeightFormat | None  # of the LM head, and of the embedding when tied
 
     @property
     def flags(self) -> dict[str, bool | str]:
@@ -45,6 +59,27 @@ class Structure:
             "ATTENTION_FACTOR": self.attention_factor,
             "EVERY_LAYER_SLIDES": self.windows == "all",
             "EVICTS": self.windows == "all",
+            **self._quantization_flags,
+        }
+
+    @property
+    def _quantization_flags(self) -> dict[str, bool | str]:
+        weights, head = self.weights, self.head_weights
+        integers = weights if isinstance(weights, IntFormat) else None
+        return {
+            "QUANTIZED": weights is not None or head is not None,
+            "PACKING": packing(weights or head),
+            "GPTQ": packing(weights) == "gptq",
+            "GPTQ_V1": integers is not None and integers.packing == "gptq",
+            "BITS": str(integers.bits) if integers else "",
+            "GROUPS": integers is not None and integers.group_size is not None,
+            "ZERO_POINTS": integers is not None and integers.zero_points,
+            "ACT_ORDER": integers is not None and integers.act_order,
+            "APART": self.apart,
+            "FP8": isinstance(weights, Fp8Format),
+            "DYNAMIC_ACTIVATIONS": isinstance(weights, Fp8Format) and weights.dynamic,
+            "QUANTIZED_HEAD": head is not None,
+            "INT8_HEAD": packing(head) == "int8" and packing(weights) != "int8",
         }
 
 
@@ -53,6 +88,9 @@ def structure(model: Model) -> Structure:
     attention, mlp = model.layers[0].mixer, model.layers[0].feed_forward
     windows = {layer.mixer.window for layer in model.layers}
     head = model.head
+    matrices = [blocks(linear.weight) for layer in model.layers for linear in layer.linears()]
+    formats = {block.format for pieces in matrices for block in pieces}
+    weights = next(iter(formats - {None}), None)
     return Structure(
         qk_norm=attention.q_norm is not None,
         one_plus=model.norm.style == "one_plus",
@@ -70,4 +108,14 @@ def structure(model: Model) -> Structure:
         head="embedding" if isinstance(head, EmbeddingHead) else "tied" if head.tied else "linear",
         head_dtype=head.dtype if isinstance(head, LmHead) and head.dtype != model.dtype else None,
         normalize=isinstance(head, EmbeddingHead) and head.normalize,
+        weights=weights,
+        apart=weights is not None and any(len(pieces) > 1 or pieces[0].format is None for pieces in matrices),
+        head_weights=head.weight.sources[0].format if isinstance(head, LmHead) else None,
     )
+
+
+def packing(format: WeightFormat | None) -> str:
+    """How a checkpoint packs it: awq, gptq, fp8, int8 or int4; empty in full precision."""
+    if isinstance(format, IntFormat):
+        return "gptq" if format.packing == "gptq_v2" else format.packing
+    return "fp8" if format else ""

@@ -87,7 +87,7 @@ def show_text(data: Data) -> str:
         "  embedding": f"{parameters['embedding']:,}  ({data['vocab_size']:,} × {data['hidden_size']:,})",
         "  layers": f"{layers} × {parameters['per_layer']:,}",
         "  head": head.get(data["head"], "none: the last token's hidden state"),
-        "weights": f"{_size(data['weight_bytes'])} in {data['dtype']}",
+        "weights": f"{_size(data['weight_bytes'])} in {_stored(data)}",
         "KV cache": f"{_size(data['kv_bytes_per_token'])} a token",
         "compute": f"{flops['flops'] / 1e9:,.2f} GFLOP a token that sees {flops['context']:,}",
         "context": f"{data['max_position_embeddings']:,} tokens",
@@ -100,6 +100,11 @@ def show_text(data: Data) -> str:
     }
     title = f"{data['variant']}  (family {data['family']}, {data['spec']}, sha256 {data['sha256'][:12]})"
     return "\n".join([title, *table(rows.items())])
+
+
+def _stored(data: Data) -> str:
+    quantization = data["quantization"]
+    return data["dtype"] if quantization is None else f"{quantization['scheme']} and {data['dtype']}"
 
 
 def _heads(attention: Data) -> str:
@@ -124,7 +129,8 @@ def _quantization(quantization: Data | None) -> str:
     if quantization is None:
         return "none"
     facts = [f"{key} {value}" for key, value in quantization.items() if key not in ("scheme", "skip")]
-    return f"{quantization['scheme']} ({', '.join(facts)}); the figures above are of full precision"
+    skipped = [f"but for {counted(len(quantization['skip']), 'module')}"] if quantization["skip"] else []
+    return ", ".join([f"{quantization['scheme']} ({', '.join(facts)})" if facts else quantization["scheme"], *skipped])
 
 
 # ------------------------------------------------------------------------------------------ the whole program
@@ -192,6 +198,7 @@ def plan(spec: Spec, degree: int, context: int | None, batch: int) -> Data:
         "variant": model.name,
         "degree": degree,
         "legal_degrees": shard.legal_degrees(model),
+        "refused_by_format": shard.refused_by_format(model),
         "context": context,
         "batch": batch,
         "per_rank": {
@@ -230,19 +237,19 @@ def plan_text(data: Data) -> str:
         "total": _size(size["total"]),
     }
     legal = ", ".join(map(str, data["legal_degrees"]))
-    noted = "" if data["quantization"] is None else "  (weights in full precision)"
     return "\n".join(
         [
             f"{data['variant']} on {counted(data['degree'], 'rank')}, {data['batch']} × {data['context']:,} tokens",
             *table(facts.items()),
             "",
-            f"memory of a rank{noted}",
+            "memory of a rank",
             *table(memory.items()),
             "",
             "parameters of a rank",
             *table(map(_share_text, _alike(data["parameters"]))),
             "",
             f"degrees that work: {legal}",
+            *(f"  not {degree}: {'; '.join(reasons)}" for degree, reasons in data["refused_by_format"].items()),
         ]
     )
 

@@ -13,6 +13,7 @@ from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
 from qwenspec.hf.writer import write_spec
+from qwenspec.ir import weights
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.check import check
@@ -61,7 +62,7 @@ def import_config(
     architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
     architecture |= {"dtype": _dtype(keys)} | _head(keys, model_type, tensor_names, normalize)
     layout = _layout(architecture["checkpoint"]["layout"])
-    quantized = quantization.read(keys, tensors.linears(layout, architecture["num_hidden_layers"] or 0))
+    quantized = quantization.read(keys, weights.linears(layout, architecture["num_hidden_layers"] or 0))
     keys.report_unread()
     report.check()
     tree: Tree = {

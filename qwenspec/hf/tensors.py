@@ -7,26 +7,11 @@ from fnmatch import fnmatch
 
 from qwenspec.diagnostics import listed
 from qwenspec.hf.config import Report
-from qwenspec.ir import weights
 from qwenspec.ir.lower import lower
-from qwenspec.spec.checkpoint import Layout
+from qwenspec.ir.quantized import stored_tensors
 from qwenspec.spec.document import Spec
 
-LINEARS = ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 SHOWN = 5  # names in one message
-
-# What a quantised linear has in place of `weight`.
-QUANTIZED = {
-    "fp8_block": ("weight", "weight_scale_inv"),
-    "awq": ("qweight", "qzeros", "scales"),
-    "gptq": ("qweight", "qzeros", "scales", "g_idx"),
-}
-
-
-def linears(layout: Layout, num_layers: int) -> list[str]:
-    """Checkpoint names of all linear modules in the layers, in order."""
-    modules = weights.modules(layout, num_layers)
-    return [name for i in range(num_layers) for linear in LINEARS for name in modules[f"layers.{i}.{linear}"]]
 
 
 def is_prefixless(names: Collection[str]) -> bool:
@@ -37,16 +22,19 @@ def is_prefixless(names: Collection[str]) -> bool:
 def expected(spec: Spec) -> tuple[set[str], tuple[str, ...]]:
     """Tensors that the checkpoint must hold, and patterns (fnmatch) of further ones that it may."""
     model = lower(spec)
-    must = {source.tensor for param in model.params() for source in param.sources}
-    if spec.quantization is None:
-        return must, model.ignored_tensors
-    for module in linears(spec.layout, spec.architecture.num_hidden_layers):
-        if module not in spec.quantization.skip:
-            must.remove(f"{module}.weight")
-            must |= {f"{module}.{suffix}" for suffix in QUANTIZED[spec.quantization.scheme]}
-    # GPTQ writes zeros where the model has no bias.
-    zeros = ("*.bias",) if spec.quantization.scheme == "gptq" else ()
-    return must, model.ignored_tensors + zeros
+    must: set[str] = set()
+    may = [*model.ignored_tensors, *model.zero_tensors]
+    for param in model.params():
+        for source in param.sources:
+            if source.format is None:
+                must.add(source.tensor)
+                continue
+            for tensor in stored_tensors(source, param.shape[1]).values():
+                if tensor.optional:
+                    may.append(tensor.name)
+                else:
+                    must.add(tensor.name)
+    return must, tuple(may)
 
 
 def check(spec: Spec, names: Collection[str], report: Report) -> None:

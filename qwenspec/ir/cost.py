@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qwenspec.ir.nodes import Dtype, EmbeddingHead, Layer, LmHead, Model, Param
+from qwenspec.ir.nodes import Dtype, EmbeddingHead, Layer, LmHead, Model, Param, Part
+from qwenspec.ir.quantized import block_bytes, blocks
 from qwenspec.ir.shard import TensorParallelPlan
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,8 +51,8 @@ def count_parameters(model: Model) -> ParameterCount:
 
 
 def weight_bytes(model: Model) -> int:
-    """Bytes of all parameters, each in its own dtype."""
-    return sum(math.prod(param.shape) * DTYPE_BYTES[param.dtype] for param in model.params())
+    """Bytes of all parameters, each in its own dtype or quantised."""
+    return sum(_bytes(param, param.shape, param.parts) for param in model.params())
 
 
 def kv_bytes_per_token(model: Model, plan: TensorParallelPlan | None = None) -> int:
@@ -101,11 +102,23 @@ def memory(
     tokens = max(min(context * batch, prefill_chunk), batch)
     outputs = model.hidden_size if isinstance(model.head, EmbeddingHead) else plan.degree * plan.vocab_size
     return MemoryPlan(
-        weights=sum(math.prod(share.shape) * DTYPE_BYTES[share.param.dtype] for share in plan.params),
+        weights=sum(_bytes(share.param, share.shape, share.parts) for share in plan.params),
         kv_cache=pages * page_size * kv_bytes_per_token(model, plan),
         kv_pages=pages,
         activations=tokens * width * DTYPE_BYTES[model.dtype],
         logits=batch * outputs * LOGIT_BYTES,
+    )
+
+
+def _bytes(param: Param, shape: tuple[int, ...], parts: tuple[Part, ...]) -> int:
+    """Of a parameter, or of a rank's share of it, as it lies in memory."""
+    pieces = blocks(param)
+    rows = [shape[0]] if len(pieces) == 1 else [part.rows for part in parts]
+    return sum(
+        math.prod((n, *shape[1:])) * DTYPE_BYTES[param.dtype]
+        if piece.format is None
+        else block_bytes(piece.format, n, shape[1])
+        for piece, n in zip(pieces, rows, strict=True)
     )
 
 
@@ -114,6 +127,4 @@ def _size(params: Iterable[Param]) -> int:
 
 
 def _linear_size(layer: Layer) -> int:
-    attention, mlp = layer.mixer, layer.feed_forward
-    linears = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-    return _size(linear.weight for linear in linears)
+    return _size(linear.weight for linear in layer.linears())

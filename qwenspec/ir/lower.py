@@ -7,11 +7,13 @@ from typing import assert_never
 
 from qwenspec.ir import nodes, weights
 from qwenspec.ir.nodes import Part, Shard
+from qwenspec.ir.quantized import head_format, weight_format
 from qwenspec.ir.rope import longrope_attention_factor, yarn_attention_factor
 from qwenspec.spec import rope as spec_rope
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
 from qwenspec.spec.document import Spec
+from qwenspec.spec.quantization import Gptq
 
 ACTIVATIONS: dict[str, nodes.Activation] = {
     "silu": "silu",
@@ -26,7 +28,7 @@ ACTIVATIONS: dict[str, nodes.Activation] = {
 def lower(spec: Spec) -> nodes.Model:
     """The resolved program of one variant.
 
-    Raises SpecError when the checkpoint layout names a tensor twice. Quantisation is not in the IR.
+    Raises SpecError when the checkpoint layout names a tensor twice.
     """
     arch = spec.architecture
     build = _Builder(spec)
@@ -48,6 +50,8 @@ def lower(spec: Spec) -> nodes.Model:
         head=head,
         checkpoint_layer=spec.layout.layer,
         ignored_tensors=spec.layout.ignore + _unread_head(spec, head),
+        # GPTQ's files may have biases that the model has not.
+        zero_tensors=("*.bias",) if isinstance(spec.quantization, Gptq) else (),
     )
     weights.check_distinct(model.params())
     return model
@@ -59,6 +63,7 @@ class _Builder:
     def __init__(self, spec: Spec) -> None:
         self.arch = spec.architecture
         self.modules = weights.modules(spec.layout, self.arch.num_hidden_layers)
+        self.formats = _formats(spec)
 
     def param(
         self,
@@ -70,7 +75,7 @@ class _Builder:
     ) -> nodes.Param:
         module, _, suffix = name.rpartition(".")
         parts = parts or (Part(module.rpartition(".")[2], shape[0]),)
-        sources = weights.sources(self.modules[module], suffix, parts)
+        sources = weights.sources(self.modules[module], suffix, parts, self.formats)
         return nodes.Param(name, shape, dtype or self.arch.dtype, shard, parts, sources)
 
     def linear(
@@ -154,6 +159,18 @@ class _Builder:
             return nodes.LmHead("lm_head", embed_tokens, True, dtype)
         weight = self.param("lm_head.weight", (arch.vocab_size, arch.hidden_size), Shard.VOCAB, dtype=dtype)
         return nodes.LmHead("lm_head", weight, False, dtype)
+
+
+def _formats(spec: Spec) -> weights.Formats:
+    """Of each quantised module of the checkpoint."""
+    quantization, arch = spec.quantization, spec.architecture
+    if quantization is None:
+        return {}
+    found = dict.fromkeys(weights.linears(spec.layout, arch.num_hidden_layers), weight_format(quantization))
+    head = head_format(quantization)
+    if head is not None and arch.lm_head is not None:
+        found[spec.layout.embedding if arch.tie_word_embeddings else spec.layout.lm_head] = head
+    return {module: format for module, format in found.items() if module not in quantization.skip}
 
 
 def _unread_head(spec: Spec, head: nodes.Head) -> tuple[str, ...]:

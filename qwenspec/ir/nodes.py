@@ -26,6 +26,40 @@ class Shard(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class IntFormat:
+    """W[n, k] = (q[n, k] - z[n, g]) · s[n, g], where g is the group of input k.
+
+    `packing`: how the checkpoint packs it. `group_size`: inputs that share a scale, of which the last group may have
+    fewer; None: all of them. Without `zero_points` z is 2^(bits - 1). `act_order`: inputs belong to groups in another
+    order than their own (GPTQ's desc_act).
+    """
+
+    packing: Literal["awq", "gptq", "gptq_v2", "int8", "int4"]
+    bits: Literal[4, 8]
+    group_size: int | None
+    zero_points: bool = False
+    act_order: bool = False
+
+    def groups(self, inputs: int) -> int:
+        """How many there are."""
+        return 1 if self.group_size is None else -(-inputs // self.group_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Format:
+    """W[n, k] = q[n, k] · s[n // block[0], k // block[1]], q in float8 e4m3; blocks at the edges may be smaller.
+
+    `dynamic`: activations are rounded to e4m3 too, with a scale for each token and block[1] inputs.
+    """
+
+    block: tuple[int, int]
+    dynamic: bool
+
+
+WeightFormat = IntFormat | Fp8Format
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A block of consecutive rows in a fused parameter. `heads` counts its attention heads, 0 for none."""
 
@@ -36,10 +70,13 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A checkpoint tensor that fills the next `rows` rows (dim 0) of a parameter."""
+    """A checkpoint tensor that fills the next `rows` rows (dim 0) of a parameter.
+
+    Where it has a `format`, tensors of the same module with other suffixes than `weight` take its place."""
 
     tensor: str
     rows: int
+    format: WeightFormat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +85,7 @@ class Param:
 
     `parts` has one entry for a plain parameter and one per block for a fused one.
     A fused parameter's `sources` are either one per part or a single tensor that is fused on disk too.
+    What is quantised has the shape and dtype of full precision here; `qwenspec.ir.quantized` says how it is stored.
     """
 
     name: str
@@ -214,6 +252,11 @@ class Layer:
     post_attention_norm: RMSNorm
     feed_forward: FeedForward
 
+    def linears(self) -> tuple[Linear, ...]:
+        """Its matrix products, in the order of the forward pass."""
+        attention, mlp = self.mixer, self.feed_forward
+        return attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj
+
 
 @dataclass(frozen=True, slots=True)
 class LmHead:
@@ -255,6 +298,7 @@ class Model:
     head: Head
     checkpoint_layer: str  # the checkpoint's name of layer {i}: what its tensors' names start with
     ignored_tensors: tuple[str, ...]  # fnmatch patterns of checkpoint tensors that may be left unread
+    zero_tensors: tuple[str, ...]  # … and of those that may only if they hold nothing but zeros
 
     def params(self) -> tuple[Param, ...]:
         """Every distinct parameter, in the order of the forward pass; a tied weight appears once."""

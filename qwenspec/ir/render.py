@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from qwenspec.ir import nodes
 from qwenspec.ir.cost import count_parameters
+from qwenspec.ir.quantized import Block, blocks, format_title
 from qwenspec.ir.rope import follows_length, frequencies
 
 T = TypeVar("T")
@@ -23,10 +24,10 @@ def render(model: nodes.Model) -> str:
     """The whole model as text. Numbers have twelve digits, so that a changed formula shows."""
     lines = [f"{model.name} (family {model.family})"]
     for title, rows in describe(model).items():
-        blocks = list(_blocks(rows))
-        width = max(len(address) for _, block in blocks for address, _ in block)
+        sections = list(_blocks(rows))
+        width = max(len(address) for _, block in sections for address, _ in block)
         lines += ["", title]
-        for heading, block in blocks:
+        for heading, block in sections:
             lines += [f"  {heading}"] if heading else []
             lines += [f"  {address:{width}}  {text}" for address, text in block]
     return "\n".join(lines) + "\n"
@@ -141,7 +142,15 @@ def _param(param: nodes.Param, checkpoint_layer: str) -> str:
     if layer := IN_LAYER.fullmatch(param.name):
         own = checkpoint_layer.replace("{i}", layer[1])
         tensors = [checkpoint_layer + tensor.removeprefix(own) for tensor in tensors]
-    return f"{list(param.shape)!s:15} {param.dtype} {param.shard.value:9} {_braces(tensors)}{fused}"
+    stored = "".join(f"  [{_stored(piece, param.name)}]" for piece in blocks(param) if piece.format)
+    return f"{list(param.shape)!s:15} {param.dtype} {param.shard.value:9} {_braces(tensors)}{fused}{stored}"
+
+
+def _stored(piece: Block, name: str) -> str:
+    """What is quantised, if not the whole parameter, and how."""
+    assert piece.format is not None
+    part = "" if piece.name == name else f"{piece.name.split('.')[-2]}: "
+    return part + format_title(piece.format)
 
 
 def _braces(names: list[str]) -> str:

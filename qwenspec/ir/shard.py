@@ -8,11 +8,14 @@ only. Key/value heads are repeated when there are fewer than ranks. The vocabula
 from __future__ import annotations
 
 import itertools
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import assert_never
 
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.ir.nodes import Model, Param, Part, Shard
+from qwenspec.ir.nodes import Fp8Format, IntFormat, Linear, Model, Param, Part, Shard
+from qwenspec.ir.quantized import blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,13 @@ def legal_degrees(model: Model) -> tuple[int, ...]:
     return tuple(degree for degree in range(1, most + 1) if not _reasons(model, degree))
 
 
+def refused_by_format(model: Model) -> dict[int, tuple[str, ...]]:
+    """Degrees that full precision allows and a quantised format does not, with every reason."""
+    most = min(layer.mixer.num_heads for layer in model.layers)
+    degrees = [degree for degree in range(2, most + 1) if not _uneven(model, degree)]
+    return {degree: tuple(reasons) for degree in degrees if (reasons := _reasons(model, degree))}
+
+
 def obstacles(model: Model, degree: int) -> list[Diagnostic]:
     """Why `degree` is illegal, one diagnostic a reason; empty when it is legal."""
     hint = "degrees that work: " + ", ".join(map(str, legal_degrees(model)))
@@ -107,6 +117,14 @@ def obstacles(model: Model, degree: int) -> list[Diagnostic]:
 def _reasons(model: Model, degree: int) -> list[str]:
     if degree < 1:
         return [f"a tensor-parallel degree counts ranks, from 1 on; found {degree}"]
+    reasons = _uneven(model, degree)
+    if not reasons and degree > 1:
+        reasons = [reason for layer in model.layers for linear in layer.linears() for reason in _cuts(linear, degree)]
+    return list(dict.fromkeys(reasons))  # what holds for every layer is said once
+
+
+def _uneven(model: Model, degree: int) -> list[str]:
+    """What of the architecture ranks cannot share."""
     reasons: list[str] = []
     for layer in model.layers:
         heads, kv_heads = layer.mixer.num_heads, layer.mixer.num_kv_heads
@@ -122,7 +140,29 @@ def _reasons(model: Model, degree: int) -> list[str]:
             )
         if width % degree:
             reasons.append(f"layers.*.mlp.gate_up_proj and down_proj: width {width} does not divide by {degree} ranks")
-    return list(dict.fromkeys(reasons))  # what holds for every layer is said once
+    return reasons
+
+
+def _cuts(linear: Linear, degree: int) -> Iterator[str]:
+    """What ranks would cut that shares a scale: blocks of rows, groups and blocks of columns."""
+    param = linear.weight
+    name = re.sub(r"layers\.\d+", "layers.*", linear.name)
+    for block in blocks(param):
+        match block.format:
+            case Fp8Format(block=(height, width)):
+                cut = sorted({rows for piece in rows_of(param, degree, 1) for rows in (piece.start, len(piece))})
+                if param.shard is Shard.COLUMN and any(rows % height for rows in cut):
+                    yield f"{name}: {degree} ranks would cut its blocks of {height} rows"
+                size: int | None = width
+            case IntFormat(group_size=size, act_order=act_order):
+                if act_order and param.shard is Shard.ROW:
+                    yield f"{name}: desc_act puts inputs of all {degree} ranks into one group"
+                    continue
+            case None:
+                continue
+        inputs = param.shape[1] // degree
+        if param.shard is Shard.ROW and size is not None and inputs % size:
+            yield f"{name}: {inputs} inputs on each of {degree} ranks are not a multiple of its groups of {size}"
 
 
 def _shard(param: Param, degree: int) -> ShardedParam:

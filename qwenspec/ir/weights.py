@@ -1,7 +1,7 @@
 """Checkpoint tensors behind IR parameters.
 
 Every tensor's name is a module's name in the checkpoint, a dot and a suffix: `weight` and `bias` here, others
-(`qweight`, `weight_scale_inv`) after the very same names in a quantised checkpoint.
+(`qweight`, `weight_scale_inv`, see `qwenspec.ir.quantized`) after the very same names in a quantised checkpoint.
 """
 
 from __future__ import annotations
@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.ir.nodes import Param, Part, Source
+from qwenspec.ir.nodes import Param, Part, Source, WeightFormat
 from qwenspec.spec.checkpoint import Layout
 
 Modules = Mapping[str, tuple[str, ...]]
+Formats = Mapping[str, WeightFormat]
+LINEARS = ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj")  # of a layer
 
 
 def modules(layout: Layout, num_layers: int) -> Modules:
@@ -40,12 +42,24 @@ def modules(layout: Layout, num_layers: int) -> Modules:
     return found
 
 
-def sources(names: tuple[str, ...], suffix: str, parts: tuple[Part, ...]) -> tuple[Source, ...]:
-    """The tensors of one parameter: one a part, or a single one that holds all parts on disk too."""
+def linears(layout: Layout, num_layers: int) -> list[str]:
+    """The checkpoint's linear modules in the layers, in order."""
+    found = modules(layout, num_layers)
+    return [name for i in range(num_layers) for linear in LINEARS for name in found[f"layers.{i}.{linear}"]]
+
+
+def sources(names: tuple[str, ...], suffix: str, parts: tuple[Part, ...], formats: Formats) -> tuple[Source, ...]:
+    """The tensors of one parameter: one a part, or a single one that holds all parts on disk too.
+
+    `formats` are those of quantised modules: of their weights, not of their biases."""
+    rows = [part.rows for part in parts]
     if len(names) == 1:
-        return (Source(f"{names[0]}.{suffix}", sum(part.rows for part in parts)),)
-    assert len(names) == len(parts), f"the spec's rules let {names} through for {parts}"
-    return tuple(Source(f"{name}.{suffix}", part.rows) for name, part in zip(names, parts, strict=True))
+        rows = [sum(rows)]
+    assert len(names) == len(rows), f"the spec's rules let {names} through for {parts}"
+    return tuple(
+        Source(f"{name}.{suffix}", n, formats.get(name) if suffix == "weight" else None)
+        for name, n in zip(names, rows, strict=True)
+    )
 
 
 def check_distinct(params: Iterable[Param]) -> None:

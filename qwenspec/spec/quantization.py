@@ -9,12 +9,13 @@ from pydantic import Field
 from qwenspec.spec.base import Model, PositiveInt
 
 _GROUP = "How many inputs share a scale."
+_HEAD = "How the LM head is stored, and with it a tied embedding; none: in full precision."
 
 
 class _Quantized(Model):
     skip: tuple[str, ...] = Field(
         default=(),
-        description="Checkpoint module names left in full precision, beside embeddings, norms and head.",
+        description="Checkpoint module names left in full precision.",
     )
 
 
@@ -54,13 +55,15 @@ class Int8(_Quantized):
     """Round to nearest, symmetric, one scale an output channel."""
 
     scheme: Literal["int8"]
+    head: Literal["none", "int8"] = Field(default="int8", description=_HEAD)
 
 
 class Int4(_Quantized):
     """Round to nearest, symmetric, one scale a group of inputs."""
 
     scheme: Literal["int4"]
-    group_size: Literal[32, 64, 128] = Field(default=32, description=_GROUP)
+    group_size: PositiveInt = Field(default=32, description=f"{_GROUP} 32, 64 and 128 are usual.")
+    head: Literal["none", "int8", "int4"] = Field(default="int8", description=_HEAD)
 
 
 Quantization = Annotated[Fp8Block | Awq | Gptq | Int8 | Int4, Field(discriminator="scheme")]

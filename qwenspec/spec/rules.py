@@ -10,7 +10,7 @@ from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4
+from qwenspec.spec.quantization import Awq, Gptq
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, Llama3, LongRope, Ntk, Yarn
 from qwenspec.tree import Path_
 
@@ -272,6 +272,11 @@ class _Matrix:
     parts: tuple[tuple[str, int], ...]
     columns: int
 
+    @property
+    def stored(self) -> tuple[tuple[str, int], ...]:
+        """The parts as they lie on disk: all in one when they are fused there."""
+        return ((self.keys, sum(rows for _, rows in self.parts)),) if len(self.names) == 1 else self.parts
+
 
 def _matrices(spec: Spec) -> Iterator[_Matrix]:
     """The linear modules of a layer that are quantised in at least one layer."""
@@ -319,46 +324,34 @@ def skipped_modules_exist(spec: Spec) -> Iterator[Mistake]:
 
 @rule("group-does-not-divide", *_SIZES, "layout", "num_hidden_layers")
 def groups_divide_inputs(spec: Spec) -> Iterator[Mistake]:
-    match spec.quantization:
-        case Awq(group_size=size) | Gptq(group_size=size) | Int4(group_size=size) if size > 0:
-            path: Path_ = ("quantization", "group_size")
-        case Fp8Block(block=(_, size), activations="dynamic"):
-            path = ("quantization", "block", 1)
-        case _:
-            return
-    for columns, names in _by_size((m.keys, m.columns) for m in _matrices(spec)).items():
-        if columns % size:
-            message = f"groups of {size} do not divide the {columns} inputs of {names}"
-            yield Mistake(path, message)
-
-
-@rule("block-does-not-divide", *_SIZES, "layout", "num_hidden_layers")
-def blocks_divide_fused_rows(spec: Spec) -> Iterator[Mistake]:
-    quantization = spec.quantization
-    if not isinstance(quantization, Fp8Block):
-        return
-    rows = quantization.block[0]
-    # Tensors that are separate on disk have blocks of their own; fusing them must not cut a block.
-    parts = [part for m in _matrices(spec) if len(m.names) > 1 for part in m.parts]
-    for size, names in _by_size(parts).items():
-        if size % rows:
-            message = f"blocks of {rows} rows do not divide the {size} rows of {names}, which are fused"
-            yield Mistake(("quantization", "block", 0), message)
+    """AutoAWQ's groups are whole; the other formats' last group may be smaller."""
+    if isinstance(spec.quantization, Awq):
+        size = spec.quantization.group_size
+        for columns, names in _by_size((m.keys, m.columns) for m in _matrices(spec)).items():
+            if columns % size:
+                message = f"groups of {size} do not divide the {columns} inputs of {names}"
+                yield Mistake(("quantization", "group_size"), message)
 
 
 @rule("packing-does-not-divide", *_SIZES, "layout", "num_hidden_layers")
 def packing_divides(spec: Spec) -> Iterator[Mistake]:
+    """An int32 holds neighbouring outputs of AWQ's values; of GPTQ's values inputs, and of its zero points outputs."""
     match spec.quantization:
-        case Awq():  # an int32 holds eight neighbouring outputs
-            packed, axis, sizes = 8, "outputs", [part for m in _matrices(spec) for part in m.parts]
-        case Gptq(bits=bits):  # an int32 holds 32 / bits neighbouring inputs
-            packed, axis, sizes = 32 // bits, "inputs", [(m.keys, m.columns) for m in _matrices(spec)]
+        case Awq(bits=bits):
+            axes = ["outputs"]
+        case Gptq(bits=bits):
+            axes = ["inputs", "outputs"]
         case _:
             return
-    for size, names in _by_size(sizes).items():
-        if size % packed:
-            message = f"the {size} {axis} of {names} do not fill words of {packed} values"
-            yield Mistake(("quantization", "scheme"), message, "list the modules in `skip`")
+    packed = 32 // bits
+    for axis in axes:
+        sizes = [(m.keys, m.columns) for m in _matrices(spec)]
+        if axis == "outputs":
+            sizes = [part for m in _matrices(spec) for part in m.stored]
+        for size, names in _by_size(sizes).items():
+            if size % packed:
+                message = f"the {size} {axis} of {names} do not fill words of {packed} values"
+                yield Mistake(("quantization", "scheme"), message, "list the modules in `skip`")
 
 
 def _by_size(sizes: Iterator[tuple[str, int]] | list[tuple[str, int]]) -> dict[int, str]:

@@ -9,20 +9,21 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-FLOATS = {"F32": 4, "F16": 2, "BF16": 2, "F64": 8}  # dtypes that parameters are read from, and their bytes
-PIECE = 8 << 20  # bytes read at once
+from .quantized import QuantizedMatrix, check_groups, check_zeros, read_quantized
+from .stored import FLOATS, PIECE, CheckpointError, Stored, Tensor, read_headers
 
+__all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
-class CheckpointError(ValueError):
-    """The checkpoint does not fit the model; the message lists every reason."""
+QUANTIZED = True  # flag: some matrices are quantised
+GPTQ = True  # flag: … by GPTQ
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,10 @@ class Parameter:
     shape: tuple[int, ...]
     sources: tuple[tuple[str, int], ...]
 
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in a checkpoint file."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What the checkpoint must hold of it."""
+        return [Tensor(tensor, (rows, *self.shape[1:]), tuple(FLOATS)) for tensor, rows in self.sources]
 
 
 @dataclass(frozen=True)
@@ -49,6 +46,8 @@ class Checkpoint:
 
     parameters: list[Parameter]
     stored: dict[str, Stored]
+    if QUANTIZED:
+        matrices: list[QuantizedMatrix] = field(default_factory=list)  # the quantised ones
 
     def pieces(self, parameter: Parameter, framework: str) -> Iterator[tuple[int, Any]]:
         """A parameter's rows from the top, some at a time: the index of the first, and they as `framework`'s array."""
@@ -68,61 +67,60 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     manifest = json.loads((Path(__file__).parent / "MANIFEST.json").read_text())
     parameters = list(read_manifest(manifest))
     stored = read_headers(Path(folder))
-    problems = check(parameters, stored, manifest["ignored_tensors"])
+    wanted = [(parameter.name, tensor) for parameter in parameters for tensor in parameter.tensors]
+    allowed = manifest["ignored_tensors"]
+    if QUANTIZED:
+        matrices = [read_quantized(entry, i, stored) for entry, i in _entries(manifest) if "format" in entry]
+        wanted += [(matrix.name, tensor) for matrix in matrices for tensor in matrix.tensors]
+        allowed += manifest["zero_tensors"]
+    problems = check(wanted, stored, allowed)
+    if GPTQ and not problems:
+        read = {tensor.name for _, tensor in wanted}
+        problems = check_groups(matrices) + check_zeros(stored, read, manifest["zero_tensors"])
     if problems:
         raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in problems))
-    return Checkpoint(parameters, stored)
+    return Checkpoint(parameters, stored, matrices) if QUANTIZED else Checkpoint(parameters, stored)
 
 
 def read_manifest(manifest: dict[str, Any]) -> Iterator[Parameter]:
-    """Its parameters, an entry with `{i}` once for each layer."""
+    """Its parameters, an entry with `{i}` once for each layer.
+
+    [QUANTIZED] Those that are not quantised."""
+    for entry, i in _entries(manifest):
+        if QUANTIZED and "format" in entry:
+            continue
+        sources = tuple((tensor.replace("{i}", str(i)), rows) for tensor, rows in entry["sources"])
+        yield Parameter(entry["name"].replace("{i}", str(i)), tuple(entry["shape"]), sources)
+
+
+def _entries(manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each entry, with each layer that it stands for."""
     for entry in manifest["parameters"]:
-        layers = range(manifest["num_layers"]) if "{i}" in entry["name"] else (0,)
-        for i in layers:
-            sources = tuple((tensor.replace("{i}", str(i)), rows) for tensor, rows in entry["sources"])
-            yield Parameter(entry["name"].replace("{i}", str(i)), tuple(entry["shape"]), sources)
+        if QUANTIZED:
+            layers = entry.get("layers") or (range(manifest["num_layers"]) if "{i}" in entry["name"] else (0,))
+        else:
+            layers = range(manifest["num_layers"]) if "{i}" in entry["name"] else (0,)
+        yield from ((entry, i) for i in layers)
 
 
-def read_headers(folder: Path) -> dict[str, Stored]:
-    """Tensor name -> where it is, over all *.safetensors files of a folder (those of its index, when it has one)."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise CheckpointError(f"{folder} has no *.safetensors file: --weights is a Hugging Face checkpoint folder")
-    stored: dict[str, Stored] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="np") as tensors:  # of any framework: headers alone are read
-                names = tensors.keys()  # a list; safe_open is no mapping
-                for name in names:
-                    view = tensors.get_slice(name)
-                    stored[name] = Stored(file, view.get_dtype(), tuple(view.get_shape()))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
-    return stored
+def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allowed: Sequence[str]) -> list[str]:
+    """Every reason why the checkpoint does not fit: missing, mis-shaped, of another dtype, or left over.
 
-
-def check(parameters: list[Parameter], stored: dict[str, Stored], ignored: list[str]) -> list[str]:
-    """Every reason why the checkpoint does not fit: missing, mis-shaped, not a float, or left over."""
+    wanted: parameters' names with tensors that they need
+    allowed: patterns of tensors that nothing needs to read"""
     problems = []
-    wanted = set()
-    for parameter in parameters:
-        for tensor, rows in parameter.sources:
-            wanted.add(tensor)
-            shape = (rows, *parameter.shape[1:])
-            found = stored.get(tensor)
-            if found is None:
-                problems.append(f"missing: {tensor} {list(shape)}, for {parameter.name}")
-            elif found.shape != shape:
-                problems.append(f"shape: {tensor} is {list(found.shape)}, and {parameter.name} needs {list(shape)}")
-            elif found.dtype not in FLOATS:
-                problems.append(
-                    f"dtype: {tensor} is {found.dtype}, and {parameter.name} needs one of {', '.join(FLOATS)}"
-                )
-    for tensor in sorted(set(stored) - wanted):
-        if not any(fnmatch(tensor, pattern) for pattern in ignored):
-            problems.append(f"left over: {tensor} {list(stored[tensor].shape)} is read by no parameter")
+    for parameter, tensor in wanted:
+        found = stored.get(tensor.name)
+        if found is None:
+            if not tensor.optional:
+                problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
+        elif found.shape != tensor.shape:
+            needed = f"{parameter} needs {list(tensor.shape)}"
+            problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
+        elif found.dtype not in tensor.dtypes:
+            needed = f"{parameter} needs one of {', '.join(tensor.dtypes)}"
+            problems.append(f"dtype: {tensor.name} is {found.dtype}, and {needed}")
+    for name in sorted(set(stored) - {tensor.name for _, tensor in wanted}):
+        if not any(fnmatch(name, pattern) for pattern in allowed):
+            problems.append(f"left over: {name} {list(stored[name].shape)} is read by no parameter")
     return problems
