@@ -98,6 +98,7 @@ def gen(
     backend: Backend = "triton",
     variant: Variant = None,
     quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar="DTYPE", help="Instead of the spec's.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = GENERATED,
     all_: Annotated[bool, typer.Option("--all", help="Everything in DIR/manifest.yaml.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say what differs, and exit 1.")] = False,
@@ -107,10 +108,13 @@ def gen(
     from qwenspec.commands import packages
     from qwenspec.commands.specs import pick
 
-    if all_ != (spec is None) or (all_ and (variant or quantization)):
+    if all_ != (spec is None) or (all_ and (variant or quantization or kv_cache)):
         problem = "`gen --all` takes no SPEC and no variant" if all_ else "`gen` needs a SPEC, or --all"
         raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
-    jobs = packages.committed(out) if spec is None else [packages.Job(pick(spec, variant, quantization), backend, out)]
+    if spec is None:
+        jobs = packages.committed(out)
+    else:
+        jobs = [packages.Job(pick(spec, variant, quantization, kv_cache), backend, out)]
     strays = packages.stray(out, jobs) if all_ else []
     if check:
         return packages.compare(jobs, strays, as_json)

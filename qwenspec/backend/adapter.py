@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.api import Cache, Runner
 from qwenspec.backend.load import import_package
+from qwenspec.backend.structure import packing, structure
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.nodes import Model
 
@@ -24,21 +25,27 @@ if TYPE_CHECKING:
 
 
 class PackageBackend(ABC):
-    """A backend that executes no quantization yet, and runs its packages with modules that may be missing."""
+    """A backend that runs its packages with modules that may be missing."""
 
     name: str
     libraries: tuple[str, ...]  # distributions that its packages import at run time
     modules: tuple[str, ...]  # without which they cannot be imported
+    formats: frozenset[str] = frozenset()  # of weights and KV caches that it executes: awq, gptq, fp8, int8, int4, kv …
 
-    def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
-        if quantization is None:
-            return []
+    def unsupported(self, model: Model) -> list[Diagnostic]:
+        shape = structure(model)
+        wanted = {
+            packing(shape.weights),
+            packing(shape.head_weights),
+            f"kv {shape.kv_cache.dtype}" if shape.kv_cache else "",
+        }
         return [
             Diagnostic(
                 "unsupported",
-                f"the {self.name} backend cannot execute quantization {quantization.scheme!r} yet ({model.name})",
-                hint="generate from the full-precision checkpoint: leave `quantization` out, or null",
+                f"the {self.name} backend cannot execute {format} yet ({model.name})",
+                hint="generate in full precision: `--quantization none --kv-cache none`",
             )
+            for format in sorted(wanted - self.formats - {""})
         ]
 
     def unavailable(self) -> Diagnostic | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qwenspec.diagnostics import Diagnostic
 from qwenspec.ir.nodes import Model
@@ -107,7 +107,7 @@ class Backend(Protocol):
     name: str
     libraries: tuple[str, ...]  # distributions that its packages import at run time, for `qwenspec backends`
 
-    def unsupported(self, model: Model, quantization: Any | None) -> list[Diagnostic]:
+    def unsupported(self, model: Model) -> list[Diagnostic]:
         """What this backend cannot emit yet, said before anything is written."""
 
     def emit(self, model: Model) -> dict[str, str]:

@@ -11,6 +11,7 @@ from qwenspec.ir.nodes import (
     EmbeddingHead,
     Fp8Format,
     IntFormat,
+    KvFormat,
     LmHead,
     LongRope,
     Model,
@@ -42,6 +43,7 @@ class Structure:
     weights: WeightFormat | None  # of the quantised linear layers, if there are any
     apart: bool  # … and some are in full precision, or in blocks of rows of their own
     head_weights: WeightFormat | None  # of the LM head, and of the embedding when tied
+    kv_cache: KvFormat | None
 
     @property
     def flags(self) -> dict[str, bool | str]:
@@ -60,6 +62,10 @@ class Structure:
             "EVERY_LAYER_SLIDES": self.windows == "all",
             "EVICTS": self.windows == "all",
             **self._quantization_flags,
+            "QUANTIZED_KV": self.kv_cache is not None,
+            "KV_DTYPE": self.kv_cache.dtype if self.kv_cache else "",
+            "TOKEN_SCALES": self.kv_cache is not None and self.kv_cache.token_scales,
+            "STORED_KV_SCALES": self.kv_cache is not None and not self.kv_cache.token_scales,
         }
 
     @property
@@ -110,6 +116,7 @@ def structure(model: Model) -> Structure:
         normalize=isinstance(head, EmbeddingHead) and head.normalize,
         weights=weights,
         apart=weights is not None and any(len(pieces) > 1 or pieces[0].format is None for pieces in matrices),
+        kv_cache=model.kv_cache,
         head_weights=head.weight.sources[0].format if isinstance(head, LmHead) else None,
     )
 

@@ -58,6 +58,7 @@ def show(spec: Spec, context: int | None = None) -> Data:
         "mlp": architecture.mlp.model_dump() | {"intermediate_size": mlp.intermediate_size},
         "head": "embedding" if isinstance(head, EmbeddingHead) else "tied" if head.tied else "linear",
         "quantization": spec.quantization.model_dump() if spec.quantization else None,
+        "kv_cache": spec.kv_cache.model_dump() if spec.kv_cache else None,
         "parameters": asdict(cost.count_parameters(model)),
         "weight_bytes": cost.weight_bytes(model),
         "kv_bytes_per_token": cost.kv_bytes_per_token(model),
@@ -88,7 +89,7 @@ def show_text(data: Data) -> str:
         "  layers": f"{layers} × {parameters['per_layer']:,}",
         "  head": head.get(data["head"], "none: the last token's hidden state"),
         "weights": f"{_size(data['weight_bytes'])} in {_stored(data)}",
-        "KV cache": f"{_size(data['kv_bytes_per_token'])} a token",
+        "KV cache": f"{_size(data['kv_bytes_per_token'])} a token in {_kv_cache(data)}",
         "compute": f"{flops['flops'] / 1e9:,.2f} GFLOP a token that sees {flops['context']:,}",
         "context": f"{data['max_position_embeddings']:,} tokens",
         "attention": ", ".join([_heads(attention), *features]),
@@ -105,6 +106,14 @@ def show_text(data: Data) -> str:
 def _stored(data: Data) -> str:
     quantization = data["quantization"]
     return data["dtype"] if quantization is None else f"{quantization['scheme']} and {data['dtype']}"
+
+
+def _kv_cache(data: Data) -> str:
+    kv_cache = data["kv_cache"]
+    if kv_cache is None:
+        return str(data["dtype"])
+    scales = "the checkpoint's scales" if kv_cache.get("scales") == "checkpoint" else "a scale a token and head"
+    return f"{kv_cache['dtype']}, {scales}"
 
 
 def _heads(attention: Data) -> str:
@@ -161,10 +170,14 @@ def differences(a: Spec, b: Spec) -> Data:
 
 def differences_text(a: Spec, b: Spec) -> str:
     changes = ir_diff(lower(a), lower(b)).rstrip()
-    before, after = _quantized(a), _quantized(b)
-    if before != after:
-        changes += "\n" * bool(changes) + f"quantization\n      - {before}\n      + {after}"
+    for key in BESIDE:
+        before, after = _beside(a, key), _beside(b, key)
+        if before != after:
+            changes += "\n" * bool(changes) + f"{key}\n      - {before}\n      + {after}"
     return changes or f"{a.variant} and {b.variant} compute the same function"
+
+
+BESIDE = ("quantization", "kv_cache")  # the architecture
 
 
 def _facts(spec: Spec) -> dict[str, str]:
@@ -175,11 +188,12 @@ def _facts(spec: Spec) -> dict[str, str]:
         for title, rows in sections.items()
         for name, text in rows.items()
     }
-    return facts | {"quantization": _quantized(spec)}
+    return facts | {key: _beside(spec, key) for key in BESIDE}
 
 
-def _quantized(spec: Spec) -> str:
-    return spec.quantization.model_dump_json() if spec.quantization else "none"
+def _beside(spec: Spec, key: str) -> str:
+    value = getattr(spec, key)
+    return value.model_dump_json() if value else "none"
 
 
 # ------------------------------------------------------------------------------------------------------- plan
@@ -211,6 +225,7 @@ def plan(spec: Spec, degree: int, context: int | None, batch: int) -> Data:
         "parameters": [_share(param) for param in split.params],
         "bytes": asdict(memory) | {"total": memory.total},
         "quantization": spec.quantization.model_dump() if spec.quantization else None,
+        "kv_cache": spec.kv_cache.model_dump() if spec.kv_cache else None,
     }
 
 

@@ -22,6 +22,8 @@ class Entry(Model):
     spec: str
     variant: str
     backend: str
+    quantization: str | None = None
+    kv_cache: str | None = None
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,17 @@ class Job:
 
 
 def committed(out: Path) -> list[Job]:
-    """The jobs in the manifest of `out`, a list of {spec, variant, backend}; specs are relative to the folder
-    that holds `out`, which has to be the current one: the specs' names are part of what is generated."""
+    """The jobs in the manifest of `out`, a list of {spec, variant, backend} with the options of `gen`; specs are
+    relative to the folder that holds `out`, which has to be the current one: the specs' names are part of what is
+    generated."""
     file = out / COMMITTED
     if not file.is_file():
         hint = "`--all` is for a repository that commits generated packages: run it at its root, or name a SPEC"
         raise SpecError([Diagnostic("no-manifest", f"there is no {file}", hint=hint)])
-    return [Job(pick(entry.spec, entry.variant), entry.backend, out) for entry in _entries(file)]
+    return [
+        Job(pick(entry.spec, entry.variant, entry.quantization, entry.kv_cache), entry.backend, out)
+        for entry in _entries(file)
+    ]
 
 
 def _entries(file: Path) -> list[Entry]:

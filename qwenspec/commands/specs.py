@@ -12,33 +12,37 @@ from qwenspec.spec.load import load
 FULL_PRECISION = "none"
 
 
-def pick(spec: str, variant: str | None = None, quantization: str | None = None) -> Spec:
-    """The spec of one variant: `variant`, else the one after `#`, else the file's default."""
+def pick(spec: str, variant: str | None = None, quantization: str | None = None, kv_cache: str | None = None) -> Spec:
+    """The spec of one variant: `variant`, else the one after `#`, else the file's default.
+
+    `quantization` and `kv_cache` are names of what takes the place of the spec's own, `none` for nothing."""
     if variant is not None and not os.path.exists(spec):
         spec = spec.partition("#")[0]
     found = load(spec, variant)
-    return found if quantization is None else found.model_copy(update={"quantization": scheme(quantization)})
+    for key, name in (("quantization", quantization), ("kv_cache", kv_cache)):
+        if name is not None:
+            option = f" --{key.replace('_', '-')} {name}"
+            found = found.model_copy(update={key: named(key, name), "options": found.options + option})
+    return found
 
 
-def scheme(name: str) -> Any:
-    """The quantisation scheme of that name with its defaults; `none` is full precision."""
+def named(key: str, name: str) -> Any:
+    """The `quantization` or `kv_cache` of that name with its defaults, None for `none`."""
     if name == FULL_PRECISION:
         return None
     from pydantic import TypeAdapter, ValidationError
 
-    from qwenspec.spec.quantization import Quantization
-
-    adapter: TypeAdapter[Any] = TypeAdapter(Quantization)
-    names = [*adapter.json_schema()["discriminator"]["mapping"], FULL_PRECISION]
+    kind: Any = Spec.model_fields[key].annotation
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    alternatives = adapter.json_schema()["anyOf"][0]["discriminator"]
+    names = [*alternatives["mapping"], FULL_PRECISION]
     if name not in names:
         close = nearest(name, names)
         hint = f"did you mean `{close}`?" if close else f"there are {listed(names, 'and')}"
-        raise SpecError([Diagnostic("unknown-quantization", f"there is no scheme `{name}`", hint=hint)])
+        raise SpecError([Diagnostic("unknown-quantization", f"there is no {key} `{name}`", hint=hint)])
     try:
-        return adapter.validate_python({"scheme": name})
+        return adapter.validate_python({alternatives["propertyName"]: name})
     except ValidationError as error:
         needed = listed([str(problem["loc"][-1]) for problem in error.errors()], "and")
         message = f"`{name}` has no default for {needed}"
-        raise SpecError(
-            [Diagnostic("incomplete-quantization", message, hint="write `quantization` in the spec")]
-        ) from error
+        raise SpecError([Diagnostic("incomplete-quantization", message, hint=f"write `{key}` in the spec")]) from error

@@ -13,7 +13,6 @@ from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
 from qwenspec.hf.writer import write_spec
-from qwenspec.ir import weights
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.check import check
@@ -62,7 +61,7 @@ def import_config(
     architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
     architecture |= {"dtype": _dtype(keys)} | _head(keys, model_type, tensor_names, normalize)
     layout = _layout(architecture["checkpoint"]["layout"])
-    quantized = quantization.read(keys, weights.linears(layout, architecture["num_hidden_layers"] or 0))
+    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0)
     keys.report_unread()
     report.check()
     tree: Tree = {
@@ -113,7 +112,7 @@ def _head(config: Config, model_type: str, names: Collection[str] | None, normal
     prefixless = backbone if names is None else tensors.is_prefixless(names)
     checkpoint = {"layout": "qwen3_embedding" if prefixless else "qwen2"}
     # Qwen3-Embedding's config.json claims to be a language model: only its tensors tell.
-    if backbone or (names is not None and prefixless and "lm_head.weight" not in names):
+    if backbone or (names is not None and prefixless and not tensors.has_head(names)):
         embedding = {"normalize": normalize}
         return {
             "tie_word_embeddings": False,
@@ -143,7 +142,7 @@ def _layout(name: str) -> Layout:
 def _spec(tree: Tree, report: Report) -> Spec:
     """The document's one variant, read back from its text, so that every rule of a spec file holds."""
     root = source.parse(write_spec(tree), report.file).root
-    merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization")}
+    merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization", "kv_cache")}
     name, family, description = tree["default_variant"], tree["family"], tree["description"]
     spec, findings = check(source_tree.Mapping(merged, root.location), name, family, description, report.file)
     for finding in findings:

@@ -11,6 +11,7 @@ from qwenspec.ir.quantized import block_bytes, blocks
 from qwenspec.ir.shard import TensorParallelPlan
 
 DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+SCALE_BYTES = 4  # of a quantised KV cache: float32
 LOGIT_BYTES = 4  # logits are float32 whatever the model's dtype
 
 
@@ -56,9 +57,12 @@ def weight_bytes(model: Model) -> int:
 
 
 def kv_bytes_per_token(model: Model, plan: TensorParallelPlan | None = None) -> int:
-    """Bytes of keys and values that one token leaves in all layers, on one rank of `plan` when given."""
+    """Bytes of keys and values, with their scales, that one token leaves in all layers, on one rank of `plan` when
+    given."""
     heads = sum(plan.num_kv_heads if plan else layer.mixer.num_kv_heads for layer in model.layers)
-    return 2 * heads * model.layers[0].mixer.head_dim * DTYPE_BYTES[model.dtype]
+    head_dim, kv = model.layers[0].mixer.head_dim, model.kv_cache
+    of_a_head = head_dim * DTYPE_BYTES[model.dtype] if kv is None else head_dim + SCALE_BYTES * kv.token_scales
+    return 2 * heads * of_a_head
 
 
 def flops_per_token(model: Model, context: int) -> int:

@@ -13,6 +13,7 @@ from qwenspec.spec import rope as spec_rope
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
 from qwenspec.spec.document import Spec
+from qwenspec.spec.kv_cache import Fp8KvCache, Int8KvCache, KvCache
 from qwenspec.spec.quantization import Gptq
 
 ACTIVATIONS: dict[str, nodes.Activation] = {
@@ -48,6 +49,7 @@ def lower(spec: Spec) -> nodes.Model:
         layers=tuple(build.layer(i, window) for i, window in enumerate(_windows(arch))),
         norm=build.norm("norm", arch.hidden_size),
         head=head,
+        kv_cache=build.kv_cache,
         checkpoint_layer=spec.layout.layer,
         ignored_tensors=spec.layout.ignore + _unread_head(spec, head),
         # GPTQ's files may have biases that the model has not.
@@ -64,6 +66,7 @@ class _Builder:
         self.arch = spec.architecture
         self.modules = weights.modules(spec.layout, self.arch.num_hidden_layers)
         self.formats = _formats(spec)
+        self.kv_cache = _kv_cache(spec.kv_cache)
 
     def param(
         self,
@@ -129,7 +132,14 @@ class _Builder:
             q_norm=self.norm(f"{name}.q_norm", head_dim) if qk_norm else None,
             k_norm=self.norm(f"{name}.k_norm", head_dim) if qk_norm else None,
             o_proj=self.linear(f"{name}.o_proj", q, arch.hidden_size, Shard.ROW, attention.bias.output),
+            k_scale=self.kv_scale(f"{name}.k_scale"),
+            v_scale=self.kv_scale(f"{name}.v_scale"),
         )
+
+    def kv_scale(self, name: str) -> nodes.Param | None:
+        if self.kv_cache is None or self.kv_cache.token_scales:
+            return None
+        return self.param(name, (1,), Shard.REPLICATE, dtype="float32")
 
     def mlp(self, name: str) -> nodes.GatedMlp:
         hidden, width, mlp = self.arch.hidden_size, self.arch.intermediate_size, self.arch.mlp
@@ -171,6 +181,16 @@ def _formats(spec: Spec) -> weights.Formats:
     if head is not None and arch.lm_head is not None:
         found[spec.layout.embedding if arch.tie_word_embeddings else spec.layout.lm_head] = head
     return {module: format for module, format in found.items() if module not in quantization.skip}
+
+
+def _kv_cache(kv_cache: KvCache | None) -> nodes.KvFormat | None:
+    match kv_cache:
+        case None:
+            return None
+        case Fp8KvCache(scales=scales):
+            return nodes.KvFormat("fp8_e4m3", token_scales=scales == "token")
+        case Int8KvCache():
+            return nodes.KvFormat("int8", token_scales=True)
 
 
 def _unread_head(spec: Spec, head: nodes.Head) -> tuple[str, ...]:

@@ -60,6 +60,18 @@ WeightFormat = IntFormat | Fp8Format
 
 
 @dataclass(frozen=True, slots=True)
+class KvFormat:
+    """Keys and values are cached as q with x = q · s.
+
+    `fp8_e4m3`: q = e4m3(x / s), at most 448 in magnitude; `int8`: q = round(x / s). `token_scales`: s is of each token
+    and head, its largest magnitude over 448 or 127; otherwise it is the layer's k_scale or v_scale.
+    """
+
+    dtype: Literal["fp8_e4m3", "int8"]
+    token_scales: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Part:
     """A block of consecutive rows in a fused parameter. `heads` counts its attention heads, 0 for none."""
 
@@ -224,6 +236,8 @@ class Attention:
     q_norm: RMSNorm | None
     k_norm: RMSNorm | None
     o_proj: Linear
+    k_scale: Param | None  # [1] float32, where the checkpoint has the KV cache's scales
+    v_scale: Param | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +310,7 @@ class Model:
     layers: tuple[Layer, ...]
     norm: RMSNorm
     head: Head
+    kv_cache: KvFormat | None  # None: the model's dtype
     checkpoint_layer: str  # the checkpoint's name of layer {i}: what its tensors' names start with
     ignored_tensors: tuple[str, ...]  # fnmatch patterns of checkpoint tensors that may be left unread
     zero_tensors: tuple[str, ...]  # … and of those that may only if they hold nothing but zeros
@@ -307,6 +322,7 @@ class Model:
             attention, mlp = layer.mixer, layer.feed_forward
             found += _norm_params(layer.input_norm) + _linear_params(attention.qkv_proj)
             found += _norm_params(attention.q_norm) + _norm_params(attention.k_norm)
+            found += [scale for scale in (attention.k_scale, attention.v_scale) if scale is not None]
             found += _linear_params(attention.o_proj) + _norm_params(layer.post_attention_norm)
             found += _linear_params(mlp.gate_up_proj) + _linear_params(mlp.down_proj)
         found += _norm_params(self.norm)

@@ -26,6 +26,7 @@ def modules(layout: Layout, num_layers: int) -> Modules:
         "attention.q_norm": (attention.q_norm,),
         "attention.k_norm": (attention.k_norm,),
         "attention.o_proj": (attention.o,),
+        "attention": (attention.kv_scales,),  # its own tensors are the KV cache's scales
         "post_attention_norm": (layout.post_attention_norm,),
         "mlp.gate_up_proj": mlp.gate_up,
         "mlp.down_proj": (mlp.down,),

@@ -15,12 +15,15 @@ Names = Annotated[tuple[Name, ...], Field(min_length=1)]
 
 
 class AttentionNames(Model):
-    """Module names inside a layer. `qkv`: three names (q, k, v), or one that is fused on disk in that order."""
+    """Module names inside a layer. `qkv`: three names (q, k, v), or one that is fused on disk in that order.
+
+    `kv_scales`: the module that has the tensors `k_scale` and `v_scale` of a quantised KV cache."""
 
     qkv: Names
     o: Name
     q_norm: Name | None = None
     k_norm: Name | None = None
+    kv_scales: Name | None = None
 
 
 class MlpNames(Model):

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, Field
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Model
 from qwenspec.spec.checkpoint import Layout
+from qwenspec.spec.kv_cache import KvCache
 from qwenspec.spec.quantization import Quantization
 
 Extends = Field(
@@ -30,6 +31,9 @@ class Variant(Model):
     quantization: dict[str, Any] | None = Field(
         default=None, description="How the weights are quantised; merged over the file's."
     )
+    kv_cache: dict[str, Any] | None = Field(
+        default=None, description="How keys and values are quantised; merged over the file's."
+    )
 
 
 class Document(Model):
@@ -46,6 +50,9 @@ class Document(Model):
     quantization: dict[str, Any] | None = Field(
         default=None, description="How the weights are quantised; null: not at all."
     )
+    kv_cache: dict[str, Any] | None = Field(
+        default=None, description="How keys and values are quantised; null: they are of the model's dtype."
+    )
     variants: dict[str, Variant | None] | None = Field(
         default=None, description="Each variant's name, and its differences from the shared architecture."
     )
@@ -60,8 +67,10 @@ class Spec(Model):
     description: str = ""
     architecture: Architecture
     quantization: Quantization | None = None
+    kv_cache: KvCache | None = None
     layout: Layout  # architecture.checkpoint.layout, resolved
     file: str = Field(default="", exclude=True)
+    options: str = Field(default="", exclude=True)  # of the command line, that say what the file does not
 
     def sha256(self) -> str:
         """Hash of what the spec means: comments, order and file name do not change it."""

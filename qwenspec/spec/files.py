@@ -84,7 +84,7 @@ class Files:
         return self._files[path]
 
     def merged(self, file: SpecFile, name: str, named_at: Location | None = None) -> Mapping:
-        """`architecture` and `quantization` of a variant: its bases, the shared part and its own keys merged.
+        """`architecture` and what is beside it of a variant: its bases, the shared part and its own keys merged.
 
         A base in another file comes first, then this file's shared part, then the variant. A base in the same
         file already has the shared part. Raises SpecError when an `extends` leads nowhere.
@@ -114,8 +114,7 @@ class Files:
             length += self._merged[other.path, name][1]
         keys = {k: e for k, e in own.entries.items() if k not in _OWN_KEYS}
         overlay = {"architecture": Entry(variant.key, Mapping(keys, own.location))}
-        if "quantization" in own.entries:
-            overlay["quantization"] = own.entries["quantization"]
+        overlay |= {key: own.entries[key] for key in _BESIDE if key in own.entries}
         return _laid_over(start, Mapping(overlay, own.location)), length
 
     def _base(self, file: SpecFile, mapping: Mapping) -> tuple[SpecFile, str, Location] | None:
@@ -145,7 +144,8 @@ class Files:
             _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
-_MERGED = ("architecture", "quantization")
+_BESIDE = ("quantization", "kv_cache")  # the architecture
+_MERGED = ("architecture", *_BESIDE)
 
 
 def _laid_over(base: Mapping, overlay: Mapping) -> Mapping:

@@ -10,6 +10,7 @@ from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.document import Spec
+from qwenspec.spec.kv_cache import Fp8KvCache
 from qwenspec.spec.quantization import Awq, Gptq
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, Llama3, LongRope, Ntk, Yarn
 from qwenspec.tree import Path_
@@ -50,7 +51,7 @@ def rule(code: str, *reads: str) -> Callable[[Check], Check]:
     return register
 
 
-_TOP = ("layout", "quantization")
+_TOP = ("layout", "quantization", "kv_cache")
 _HEADS = ("hidden_size", "num_attention_heads", "attention.head_dim")
 
 
@@ -256,6 +257,14 @@ def qk_norm_has_names(spec: Spec) -> Iterator[Mistake]:
     if spec.architecture.attention.qk_norm != "none" and absent:
         message = f"the checkpoint layout has no name for {listed(absent, 'and')}"
         yield Mistake(_arch("attention", "qk_norm"), message, "add it to the layout, or choose another layout")
+
+
+@rule("layout-kv-scales", "layout", "kv_cache")
+def kv_scales_have_names(spec: Spec) -> Iterator[Mistake]:
+    stored = isinstance(spec.kv_cache, Fp8KvCache) and spec.kv_cache.scales == "checkpoint"
+    if stored and spec.layout.attention.kv_scales is None:
+        hint = "add it to the layout, or choose `scales: token`"
+        yield Mistake(("kv_cache", "scales"), "the checkpoint layout has no name for `kv_scales`", hint)
 
 
 # ---------------------------------------------------------------------------------------------- quantisation

@@ -10,27 +10,33 @@ from pydantic import TypeAdapter
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.document import Document
 from qwenspec.spec.files import VARIANT_NAME
+from qwenspec.spec.kv_cache import KvCache
 from qwenspec.spec.quantization import Quantization
 
 _REF = "#/$defs/{model}"
+# What may be null beside the architecture, its name among the definitions, and its type.
+_BESIDE: dict[str, tuple[str, Any]] = {"quantization": ("Quantization", Quantization), "kv_cache": ("KvCache", KvCache)}
 
 
 def json_schema() -> dict[str, Any]:
     """Draft 2020-12. It knows each key and its values; what must be complete or fit together, only `load` knows."""
     document = Document.model_json_schema()
     architecture = Architecture.model_json_schema(ref_template=_REF)
-    quantization = TypeAdapter(Quantization).json_schema(ref_template=_REF)
-    definitions = architecture.pop("$defs") | quantization.pop("$defs") | {"Quantization": quantization}
+    definitions = architecture.pop("$defs")
+    for name, kind in _BESIDE.values():
+        alternatives = TypeAdapter(kind).json_schema(ref_template=_REF)
+        definitions |= alternatives.pop("$defs") | {name: alternatives}
     variant = document.pop("$defs")["Variant"]
 
     # A partial mapping may lack any key, the one that chooses its kind included.
     parts = _partial(definitions | {"Architecture": architecture})
     variant["properties"] |= parts["Architecture"]["properties"]
     variant["additionalProperties"] = False
-    nullable_quantization = {"anyOf": [{"$ref": "#/$defs/Quantization"}, {"type": "null"}]}
     for owner in (document, variant):
-        described = owner["properties"]["quantization"]
-        owner["properties"]["quantization"] = nullable_quantization | {"description": described["description"]}
+        for key, (name, _) in _BESIDE.items():
+            described = owner["properties"][key]["description"]
+            nullable = [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]
+            owner["properties"][key] = {"anyOf": nullable, "description": described}
     described = document["properties"]["architecture"]["description"]
     document["properties"]["architecture"] = {"$ref": "#/$defs/Architecture", "description": described}
     for option in document["properties"]["variants"]["anyOf"]:

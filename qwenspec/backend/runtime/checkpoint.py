@@ -24,6 +24,7 @@ __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 QUANTIZED = True  # flag: some matrices are quantised
 GPTQ = True  # flag: … by GPTQ
+STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,10 @@ class Checkpoint:
             for start in range(0, rows, step):
                 # Opened anew for each piece: closing the file drops its pages, which count as this process's memory.
                 with safe_open(found.file, framework=framework) as tensors:
-                    yield row + start, tensors.get_slice(tensor)[start : min(start + step, rows)]
+                    if STORED_KV_SCALES and not found.shape:
+                        yield row, tensors.get_tensor(tensor).reshape(1)
+                    else:
+                        yield row + start, tensors.get_slice(tensor)[start : min(start + step, rows)]
             row += rows
 
 
@@ -114,6 +118,8 @@ def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allow
         if found is None:
             if not tensor.optional:
                 problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
+        elif STORED_KV_SCALES and not found.shape and tensor.shape == (1,):
+            continue
         elif found.shape != tensor.shape:
             needed = f"{parameter} needs {list(tensor.shape)}"
             problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
