@@ -108,3 +108,18 @@ def test_a_part_that_ranks_would_cut(tmp_path: Path) -> None:
     assert legal_degrees(model) == (1, 2)
     model = quantized(tmp_path, "qwen2.5-0.5b", "{scheme: fp8_block, block: [128, 64]}")
     assert "qkv_proj: 2 ranks would cut its blocks of 128 rows" in " ".join(refused_by_format(model)[2])
+
+
+@pytest.mark.parametrize(
+    ("kv_cache", "of_a_head"),
+    [("null", 256), ("{dtype: fp8_e4m3}", 132), ("{dtype: int8}", 132), ("{dtype: fp8_e4m3, scales: checkpoint}", 128)],
+)
+def test_bytes_of_a_cached_token(tmp_path: Path, kv_cache: str, of_a_head: int) -> None:
+    """28 layers, keys and values of 8 heads of 128: about half of bfloat16's bytes."""
+    text = f'schema_version: 1\nfamily: x\nextends: "{SPECS}/qwen3.yaml#qwen3-0.6b"\n'
+    (tmp_path / "x.yaml").write_text(f"{text}kv_cache: {kv_cache}\nvariants: {{x: {{}}}}\n")
+    model = lower(qwenspec.load(tmp_path / "x.yaml"))
+    assert cost.kv_bytes_per_token(model) == 28 * 2 * 8 * of_a_head
+    assert cost.kv_bytes_per_token(model, plan(model, 2)) == 28 * 2 * 4 * of_a_head
+    stored = [param.name for param in model.params() if param.name.endswith("_scale")]
+    assert len(stored) == (56 if "checkpoint" in kv_cache else 0)
