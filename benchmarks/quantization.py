@@ -89,7 +89,7 @@ def _stored(spec: Spec, name: str, values: np.ndarray) -> Iterator[tuple[str, np
     else:
         suffixes = _groups(weight, quantization)
     for suffix, tensor in suffixes.items():
-        yield f"{module}.{suffix}", tensor
+        yield f"{module}.{suffix}", np.ascontiguousarray(tensor)  # safetensors writes memory as it lies
 
 
 def _int8(weight: np.ndarray) -> dict[str, np.ndarray]:
@@ -135,9 +135,9 @@ def _groups(weight: np.ndarray, quantization: Any) -> dict[str, np.ndarray]:
         packed = {"qweight": _words(q.T, 4, AWQ_NIBBLES), "qzeros": _words(zeros.T, 4, AWQ_NIBBLES)}
     else:
         places = range(32 // bits)
-        packed = {"qweight": _words(q, bits, places).T.copy(), "qzeros": _words(zeros.T - 1, bits, places)}
+        packed = {"qweight": _words(q, bits, places).T, "qzeros": _words(zeros.T - 1, bits, places)}
         packed["g_idx"] = g_idx
-    return packed | {"scales": scales.T.copy()}
+    return packed | {"scales": scales.T}
 
 
 def _words(values: np.ndarray, bits: int, places: Any) -> np.ndarray:

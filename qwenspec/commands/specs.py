@@ -21,8 +21,7 @@ def pick(spec: str, variant: str | None = None, quantization: str | None = None,
     found = load(spec, variant)
     for key, name in (("quantization", quantization), ("kv_cache", kv_cache)):
         if name is not None:
-            option = f" --{key.replace('_', '-')} {name}"
-            found = found.model_copy(update={key: named(key, name), "options": found.options + option})
+            found = found.model_copy(update={key: named(key, name), "options": (*found.options, (key, name))})
     return found
 
 

@@ -23,7 +23,7 @@ def export_config(spec: Spec, form: Form = "v5") -> dict[str, Any]:
     first_generation = arch.checkpoint.layout == "qwen1"
     model_type = "qwen" if first_generation else "qwen3" if arch.attention.qk_norm != "none" else "qwen2"
     lacks = _lacks(arch) + (qwen1.lacks(arch) if first_generation else qwen2.lacks(arch))
-    lacks += quantization.lacks(spec.quantization)
+    lacks += quantization.lacks(spec.quantization) + ["kv_cache"] * (spec.kv_cache is not None)
     if lacks:
         place = Location(spec.file, 0, 0) if spec.file else None
         raise SpecError(

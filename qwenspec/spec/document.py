@@ -70,7 +70,8 @@ class Spec(Model):
     kv_cache: KvCache | None = None
     layout: Layout  # architecture.checkpoint.layout, resolved
     file: str = Field(default="", exclude=True)
-    options: str = Field(default="", exclude=True)  # of the command line, that say what the file does not
+    # Keys and names that the command line put in place of what the file says.
+    options: tuple[tuple[str, str], ...] = Field(default=(), exclude=True)
 
     def sha256(self) -> str:
         """Hash of what the spec means: comments, order and file name do not change it."""
