@@ -35,6 +35,21 @@ class Precision(StrEnum):
     float32 = "float32"
 
 
+class Scheme(StrEnum):
+    """What `convert --quantization` may be."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+class Head(StrEnum):
+    """What `convert --head` may be."""
+
+    none = "none"
+    int8 = "int8"
+    int4 = "int4"
+
+
 def main() -> None:
     """The entry point of the `qwenspec` command."""
     app(prog_name="qwenspec")
@@ -172,6 +187,30 @@ def import_(
     from qwenspec.commands import authoring
 
     authoring.import_spec(config, name, out, force, as_json)
+
+
+@app.command()
+@guarded
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="DIR", help="Hugging Face checkpoint folder.")],
+    quantization: Annotated[Scheme, typer.Option("--quantization", "-q", help="What to round to.")],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="OUT", help="The new checkpoint's folder.")],
+    group_size: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Inputs that share a scale of int4. Default: 32.")
+    ] = None,
+    head: Annotated[Head | None, typer.Option(help="The LM head, and a tied embedding. Default: int8.")] = None,
+    skip: Annotated[
+        list[str] | None, typer.Option(metavar="MODULE", help="Stays in full precision: a name, its beginning or end.")
+    ] = None,
+    spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: what config.json says.")] = None,
+    shard_size: Annotated[float, typer.Option(min=1e-6, metavar="GB", help="The largest file.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Quantise a checkpoint. An interrupted run goes on where it stopped."""
+    from qwenspec.commands import convert as command
+
+    quantized = command.Options(quantization.value, group_size, head and head.value, tuple(skip or ()))
+    command.run(checkpoint, spec, quantized, out, round(shard_size * 10**9), as_json)
 
 
 # ---------------------------------------------------------------------------------------------- reading specs

@@ -47,6 +47,16 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def shown_bytes(count: int) -> str:
+    """Bytes in powers of 1024."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:,.2f} {unit}"
+
+
 def note(text: str) -> None:
     """A remark."""
     print(text, file=sys.stderr)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from qwenspec.commands.console import counted
+from qwenspec.commands.console import counted, shown_bytes
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir import cost, shard
 from qwenspec.ir.lower import lower
@@ -88,8 +88,8 @@ def show_text(data: Data) -> str:
         "  embedding": f"{parameters['embedding']:,}  ({data['vocab_size']:,} × {data['hidden_size']:,})",
         "  layers": f"{layers} × {parameters['per_layer']:,}",
         "  head": head.get(data["head"], "none: the last token's hidden state"),
-        "weights": f"{_size(data['weight_bytes'])} in {_stored(data)}",
-        "KV cache": f"{_size(data['kv_bytes_per_token'])} a token in {_kv_cache(data)}",
+        "weights": f"{shown_bytes(data['weight_bytes'])} in {_stored(data)}",
+        "KV cache": f"{shown_bytes(data['kv_bytes_per_token'])} a token in {_kv_cache(data)}",
         "compute": f"{flops['flops'] / 1e9:,.2f} GFLOP a token that sees {flops['context']:,}",
         "context": f"{data['max_position_embeddings']:,} tokens",
         "attention": ", ".join([_heads(attention), *features]),
@@ -245,11 +245,11 @@ def plan_text(data: Data) -> str:
         "vocabulary": f"{rank['vocab_size']:,} rows",
     }
     memory = {
-        "weights": _size(size["weights"]),
-        "KV cache": f"{_size(size['kv_cache'])}  ({size['kv_pages']:,} pages)",
-        "activations": f"{_size(size['activations'])}  (estimated)",
-        "logits": _size(size["logits"]),
-        "total": _size(size["total"]),
+        "weights": shown_bytes(size["weights"]),
+        "KV cache": f"{shown_bytes(size['kv_cache'])}  ({size['kv_pages']:,} pages)",
+        "activations": f"{shown_bytes(size['activations'])}  (estimated)",
+        "logits": shown_bytes(size["logits"]),
+        "total": shown_bytes(size["total"]),
     }
     legal = ", ".join(map(str, data["legal_degrees"]))
     return "\n".join(
@@ -288,13 +288,3 @@ def table(rows: Iterable[tuple[str, str]]) -> list[str]:
     rows = list(rows)
     width = max((len(name) for name, _ in rows), default=0)
     return [f"  {name:{width}}  {text}".rstrip() for name, text in rows]
-
-
-def _size(count: int) -> str:
-    """Bytes for people, in powers of 1024."""
-    value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{count} B" if unit == "B" else f"{value:,.2f} {unit}"

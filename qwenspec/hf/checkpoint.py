@@ -22,9 +22,11 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Where a tensor's bytes are."""
+    """A tensor on disk: its dtype, in safetensors' names, its shape, and where its bytes are."""
 
     file: Path
+    dtype: str
+    shape: tuple[int, ...]
     start: int
     end: int
 
@@ -82,8 +84,11 @@ def header(file: Path) -> dict[str, Stored]:
         text = stream.read(length) if length <= MAX_HEADER else b""
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        spans = {name: entry["data_offsets"] for name, entry in entries.items()}
-        return {name: Stored(file, 8 + length + start, 8 + length + end) for name, (start, end) in spans.items()}
+        stored = {}
+        for name, entry in entries.items():
+            start, end = entry["data_offsets"]
+            stored[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + end)
+        return stored
     except (ValueError, KeyError, TypeError, AttributeError):
         raise _fail(file, "bad-safetensors", "the header of this safetensors file cannot be read") from None
 

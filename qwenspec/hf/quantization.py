@@ -6,7 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwenspec.hf.config import Config
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Quantization
+from qwenspec.ir import weights
+from qwenspec.spec.checkpoint import Layout
+from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+
+OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
 _RECORDS = (
@@ -21,7 +25,6 @@ _RECORDS = (
     "do_fuse",
     "exllama_config",
     "fuse_max_seq_len",
-    "is_marlin_format",
     "max_input_length",
     "meta",
     "model_file_base_name",
@@ -39,8 +42,8 @@ _RECORDS = (
 )
 
 
-def read(config: Config, linears: Sequence[str]) -> dict[str, Any] | None:
-    """The spec's `quantization`, None in full precision. `linears` are the checkpoint's linear modules."""
+def read(config: Config, layout: Layout, num_layers: int) -> dict[str, Any] | None:
+    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names."""
     quantized = config.child("quantization_config")
     if quantized is None:
         return None
@@ -50,7 +53,10 @@ def read(config: Config, linears: Sequence[str]) -> dict[str, Any] | None:
     if method is None:
         quantized.unread.clear()
         return None
-    return _READERS[method](quantized, linears)
+    modules = weights.linears(layout, num_layers)
+    if method == OURS:  # others never quantise these
+        modules += [layout.embedding, layout.lm_head]
+    return _READERS[method](quantized, modules)
 
 
 def write(quantization: Quantization | None) -> dict[str, Any]:
@@ -76,7 +82,13 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
             }
         case Gptq():
             fields = {"quant_method": "gptq", **quantization.model_dump(exclude={"scheme", "skip"})}
-        case _:
+        case Int8(skip=skip) | Int4(skip=skip):
+            fields = {
+                "quant_method": OURS,
+                **quantization.model_dump(exclude={"skip"}),
+                "modules_to_not_convert": list(skip) or None,
+            }
+        case None:
             return {}
     return {"quantization_config": fields}
 
@@ -84,21 +96,28 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
 def lacks(quantization: Quantization | None) -> list[str]:
     """What of it config.json has no words for."""
     match quantization:
-        case None | Awq() | Fp8Block(activations="dynamic"):
-            return []
-        case Fp8Block():
+        case Fp8Block(activations="none"):
             return ["quantization.activations: none"]
-        case Gptq(skip=skip):
-            return ["quantization.skip with gptq"] if skip else []
+        case Gptq(skip=skip) if skip:
+            return ["quantization.skip with gptq"]
         case _:
-            return [f"quantization.scheme: {quantization.scheme}"]
+            return []
+
+
+def matching(entry: str, modules: Sequence[str]) -> list[str]:
+    """The modules that an entry of `modules_to_not_convert` names: by a whole name, the beginning of one up to a dot,
+    or the end of one, as in Hugging Face's `should_convert_module`."""
+    return [name for name in modules if f"{name}.".startswith(f"{entry}.") or name.endswith(entry)]
 
 
 def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("fmt", "e4m3", None, why="the other float8 formats are not implemented")
     config.choice("activation_scheme", ("dynamic",), "dynamic")
     block = config.get("weight_block_size")
-    if not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
+    if block is None:
+        message = "there is no `weight_block_size`, and scales of whole tensors or rows are not implemented"
+        config.error("unsupported-value", message, "weight_block_size")
+    elif not (isinstance(block, list | tuple) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)):
         config.error("wrong-value", "`weight_block_size` is not two positive numbers", "weight_block_size")
     return {"scheme": "fp8_block", "block": block, "activations": "dynamic"} | _skip(config, linears)
 
@@ -116,6 +135,7 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("dynamic", None, why="per-module settings are not implemented")
     config.fixed("lm_head", False, None, why="the LM head is always in full precision")
     config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
     found: dict[str, Any] = {
         "scheme": "gptq",
         "bits": config.get("bits"),
@@ -135,19 +155,22 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     return found
 
 
+def _ours(config: Config, modules: Sequence[str]) -> dict[str, Any]:
+    scheme = config.choice("scheme", ("int8", "int4"))
+    heads = ("none", "int8", "int4") if scheme == "int4" else ("none", "int8")
+    group = {"group_size": config.size("group_size")} if scheme == "int4" else {}
+    return {"scheme": scheme, **group, "head": config.choice("head", heads)} | _skip(config, modules)
+
+
 _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
     "fp8": _fp8,
     "awq": _awq,
     "gptq": _gptq,
+    OURS: _ours,
 }
 
 
-def _skip(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    """`modules_to_not_convert` as the linear modules that it names.
-
-    An entry is a module's name, the beginning of one up to a dot, or the end of one, as in Hugging Face's
-    `should_convert_module`. Norms, embeddings and the LM head are never quantised and need no entry.
-    """
-    entries = config.names("modules_to_not_convert")
-    skip = [name for name in linears if any(f"{name}.".startswith(f"{e}.") or name.endswith(e) for e in entries)]
-    return {"skip": skip} if skip else {}
+def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
+    """`modules_to_not_convert` as the modules that it names. What is never quantised needs no entry."""
+    named = {name for entry in config.names("modules_to_not_convert") for name in matching(entry, modules)}
+    return {"skip": [name for name in modules if name in named]} if named else {}

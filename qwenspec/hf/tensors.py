@@ -16,7 +16,12 @@ SHOWN = 5  # names in one message
 
 def is_prefixless(names: Collection[str]) -> bool:
     """Whether the backbone was saved alone, without `model.` before its names."""
-    return "embed_tokens.weight" in names
+    return any(name in names for name in ("embed_tokens.weight", "embed_tokens.qweight"))
+
+
+def has_head(names: Collection[str]) -> bool:
+    """Whether a backbone that was saved alone has an LM head: an embedding is quantised only if it is the head too."""
+    return any(name in names for name in ("lm_head.weight", "lm_head.qweight", "embed_tokens.qweight"))
 
 
 def expected(spec: Spec) -> tuple[set[str], tuple[str, ...]]:

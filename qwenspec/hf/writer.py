@@ -34,7 +34,7 @@ def write_spec(tree: dict[str, Any], notes: tuple[str, ...] = ()) -> str:
     for key in ("schema_version", "family", "description", "default_variant"):
         lines.append(f"{key}: {_scalar(tree[key])}")
     lines.append("")
-    for key in ("architecture", "quantization", "variants"):
+    for key in ("architecture", "quantization", "kv_cache", "variants"):
         if tree.get(key) is not None:
             lines += [*_block(key, tree[key], ""), ""]
     return "\n".join(lines).rstrip() + "\n"

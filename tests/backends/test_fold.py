@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -236,6 +237,83 @@ def test_methods() -> None:
     assert text.endswith("Thing(1)\n")
     assert "\n    extra: int = 0\n" in folded(source, FLAG=True)
     assert "\n    def more(self):\n        return 1\n" in folded(source, FLAG=True)
+
+
+RETURNS = """
+    def f(x):
+        if KIND == "awq":
+            return x
+        y = x + 1  # for the others
+        if KIND == "gptq":
+            if x:
+                return y
+            raise ValueError(x)
+        for item in y:
+            return helper(item)
+        return y
+
+    def helper(x):
+        return x
+"""
+
+
+def test_what_follows_a_return_of_a_settled_branch_goes() -> None:
+    """And what only it used."""
+    assert folded(RETURNS, KIND="awq").rstrip("\n") + "\n" == lines("""
+        def f(x):
+            return x
+    """)
+    assert folded(RETURNS, KIND="gptq").rstrip("\n") + "\n" == lines("""
+        def f(x):
+            y = x + 1  # for the others
+            if x:
+                return y
+            raise ValueError(x)
+    """)
+    other = folded(RETURNS, KIND="int8")
+    assert "def helper" in other
+    assert other.startswith(
+        lines("""
+        def f(x):
+            y = x + 1  # for the others
+            for item in y:
+                return helper(item)
+            return y
+    """)
+    )
+
+
+METHODS = """
+    class Matrix:
+        def scales(self):
+            return 1
+
+        def order(self):
+            return 2
+
+    def f(matrix):
+        if FLAG:
+            scales = matrix.scales()
+            order = scales + 1
+            return order
+        return matrix
+
+    def order(x):
+        return x
+
+    def g(x):
+        if FLAG:
+            return order(x)
+        return x
+"""
+
+
+def test_methods_stay_though_a_local_of_a_dropped_branch_has_their_name() -> None:
+    """They are called from other files; a function of the module that nobody calls any more is not."""
+    text = folded(METHODS, FLAG=False)
+    assert re.findall(r"def (\w+)", text) == ["scales", "order", "f", "g"]
+    assert "matrix.scales()" not in text
+    assert folded(METHODS, FLAG=True).count("def ") == 5
 
 
 DOCSTRING = '''

@@ -11,9 +11,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from cli_runs import QWEN3, ROOT, TINY, call, data, process
+from cli_runs import QWEN3, ROOT, TINY, call, data, on_terminal, process
 
 import qwenspec
+from qwenspec.ir.weights import LINEARS
 
 BROKEN = "schema_version: 1\nfamily: broken\narchitecture: {hiden_size: 32}\n"
 
@@ -36,7 +37,7 @@ def test_version_and_help() -> None:
     assert call("--version").stdout == f"qwenspec {qwenspec.__version__}\n"
     top = call("--help").stdout
     commands = re.findall(r"^  (\w+) {2,}\w", top.split("Commands:")[1], re.M)
-    expected = "gen backends validate schema import show diff plan run logits verify"
+    expected = "gen backends validate schema import convert show diff plan run logits verify"
     assert commands == expected.split()
     for command in commands:
         shown = call(command, "--help")
@@ -85,15 +86,21 @@ def test_a_variant_is_named_after_the_file_or_by_the_option(spec: Path, tmp_path
 
 
 @pytest.mark.parametrize("backend", ["triton", "tvm"])
-def test_gen_says_that_quantisation_cannot_be_executed_yet(backend: str, spec: Path, tmp_path: Path) -> None:
-    options = ["--backend", backend, "--out", tmp_path / "out"]
-    for arguments in ([f"{spec}#tiny-int8"], [spec, "--quantization", "int8"]):
-        result = call("gen", *arguments, *options)
-        assert (result.exit_code, result.stdout) == (2, "")
-        assert f"the {backend} backend cannot execute quantization 'int8' yet" in result.stderr
-        assert not (tmp_path / "out").exists()
-    full = call("gen", f"{spec}#tiny-int8", "--quantization", "none", *options)
-    assert full.exit_code == 0
+def test_gen_quantises_as_the_spec_or_the_option_says(backend: str, spec: Path, tmp_path: Path) -> None:
+    for arguments, packing in (
+        ([f"{spec}#tiny-int8"], "int8"),
+        ([spec, "--quantization", "int8"], "int8"),
+        ([f"{spec}#tiny-int8", "--quantization", "int4"], "int4"),
+        ([f"{spec}#tiny-int8", "--quantization", "none"], None),
+    ):
+        done = call("gen", *arguments, "--backend", backend, "--out", tmp_path / "out", "--json")
+        assert done.exit_code == 0, done.stderr
+        (written,) = data(done)
+        manifest = json.loads((Path(written["package"]) / "MANIFEST.json").read_text())
+        packings = {entry["name"]: entry.get("format", {}).get("packing") for entry in manifest["parameters"]}
+        assert packings["layers.{i}.attention.qkv_proj.weight"] == packing
+        assert packings["lm_head.weight"] == (packing and "int8")
+        assert packings["layers.{i}.attention.q_norm.weight"] is None
 
 
 @pytest.mark.parametrize(
@@ -252,7 +259,8 @@ def test_show_tells_the_features_of_a_variant(tmp_path: Path) -> None:
     assert "4 query heads on 2 key/value heads of 16, bias on qkv" in text
     assert "the whole context in layers 0, a window of 8 tokens in layers 1" in text
     assert "linear scaling (factor 2.0)" in text
-    assert "int4 (group_size 32); the figures above are of full precision" in text
+    assert "int4 (group_size 32, head int8)" in text
+    assert re.search(r"^  weights +[0-9.]+ KiB in int4 and float32$", text, re.M), text
 
 
 def test_show_ir(spec: Path) -> None:
@@ -266,7 +274,8 @@ def test_diff_tells_what_changes(spec: Path) -> None:
     assert text.startswith("tiny -> tiny-tied\n")
     assert "tied to embed_tokens.weight" in text
     changes = data(call("diff", spec, f"{spec}#tiny-int8", "--json"))
-    assert changes["differences"].keys() == {"quantization"}
+    matrices = {f"layers.{i}.{name}.weight" for i in range(2) for name in LINEARS} | {"lm_head.weight"}
+    assert changes["differences"].keys() == matrices | {"quantization"}
     assert "int8" in call("diff", spec, f"{spec}#tiny-int8").stdout
     assert call("diff", spec, spec).stdout == "tiny and tiny compute the same function\n"
 
@@ -323,19 +332,6 @@ def test_colour_on_a_terminal_unless_no_color(broken: Path) -> None:
     plain = on_terminal("validate", str(broken), TERM="xterm", NO_COLOR="1")
     assert "error[unknown-key]" in plain
     assert not re.search(r"\x1b\[[0-9;]*m", plain)
-
-
-def on_terminal(*arguments: str, **environment: str) -> str:
-    """What a terminal receives of stderr."""
-    import pty
-
-    leader, follower = pty.openpty()
-    clean = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
-    command = [sys.executable, "-m", "qwenspec", *arguments]
-    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=follower, env=clean | environment, check=False)
-    os.close(follower)
-    with os.fdopen(leader, "rb") as stream:
-        return stream.read1(1 << 16).decode()
 
 
 def test_a_reader_that_goes_away_is_no_error(spec: Path) -> None:

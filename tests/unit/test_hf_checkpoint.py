@@ -11,6 +11,7 @@ from qwenspec.hf.exporter import export_config
 from qwenspec.hf.tensors import expected
 from qwenspec.ir.lower import lower
 from qwenspec.spec.load import load
+from qwenspec.spec.quantization import Int4
 
 SPEC = """
 schema_version: 1
@@ -205,12 +206,34 @@ def test_buffers_that_nobody_needs_are_fine(spec_of, save):
 def test_quantized_tensors_are_expected_by_their_names(spec_of, save):
     spec = spec_of("gptq")
     must, may = expected(spec)
-    assert "model.layers.0.mlp.up_proj.g_idx" in must
+    assert "model.layers.0.mlp.up_proj.qzeros" in must
+    assert "model.layers.0.mlp.up_proj.g_idx" in may  # it may be left out where inputs are in their own order
     assert "model.layers.0.mlp.up_proj.weight" not in must
     assert "*.bias" in may
     assert "model.layers.0.input_layernorm.weight" in must
     full = {source.tensor for param in lower(spec).params() for source in param.sources}
     assert "missing-tensor" in mistakes(save(export_config(spec), full))
+    ordered = spec.model_copy(update={"quantization": spec.quantization.model_copy(update={"desc_act": True})})
+    assert "model.layers.0.mlp.up_proj.g_idx" in expected(ordered)[0]
+
+
+@pytest.mark.parametrize(
+    ("variant", "head", "must_have", "may_not"),
+    [
+        ("tied", "int8", "model.embed_tokens.qweight", "model.embed_tokens.weight"),
+        ("tied", "none", "model.embed_tokens.weight", "model.embed_tokens.qweight"),
+        ("language", "int4", "lm_head.scales", "lm_head.weight"),
+        ("embedding", "int4", "embed_tokens.weight", "embed_tokens.qweight"),
+    ],
+)
+def test_our_own_formats_may_have_the_head(spec_of, save, variant, head, must_have, may_not):
+    own = Int4(scheme="int4", head=head)
+    spec = spec_of(variant).model_copy(update={"quantization": own})
+    must, _ = expected(spec)
+    assert must_have in must
+    assert may_not not in must
+    returned = import_path(save(export_config(spec), must)).spec
+    assert (returned.quantization, returned.architecture) == (own, spec.architecture)
 
 
 # ----------------------------------------------------------------------------------------------- what is on disk

@@ -387,6 +387,25 @@ def quantized(base, **keys):
     return base | {"quantization_config": base["quantization_config"] | keys}
 
 
+def ours(**keys):
+    """What `qwenspec convert` writes."""
+    keys = {"quant_method": "qwenspec", "scheme": "int4", "group_size": 64, "head": "none"} | keys
+    if keys["scheme"] == "int8" and keys["group_size"] == 64:
+        del keys["group_size"]
+    return QWEN3_8B | {"quantization_config": keys}
+
+
+def test_ours():
+    assert imported(ours()).quantization.model_dump() == {
+        "scheme": "int4",
+        "group_size": 64,
+        "head": "none",
+        "skip": (),
+    }
+    left = imported(ours(scheme="int8", modules_to_not_convert=["lm_head", "model.layers.1.mlp.up_proj"])).quantization
+    assert (left.scheme, left.skip) == ("int8", ("model.layers.1.mlp.up_proj", "lm_head"))
+
+
 def test_quantization_details():
     fp8 = imported(quantized(without(QWEN3_8B_FP8, "fmt"), modules_to_not_convert=["model.layers.3.mlp", "o_proj"]))
     skip = fp8.quantization.skip
@@ -413,16 +432,33 @@ def test_quantization_details():
     [
         (quantized(QWEN3_8B_FP8, fmt="e5m2"), "unsupported-value", "fmt"),
         (quantized(QWEN3_8B_FP8, activation_scheme="static"), "wrong-value", "activation_scheme"),
-        (quantized(QWEN3_8B_FP8, weight_block_size=None), "wrong-value", "weight_block_size"),
+        (quantized(QWEN3_8B_FP8, weight_block_size=None), "unsupported-value", "weight_block_size"),
+        (quantized(QWEN3_8B_FP8, weight_block_size=[128]), "wrong-value", "weight_block_size"),
+        (quantized(QWEN3_8B_FP8, scale_fmt="ue8m0"), "unread-key", "scale_fmt"),
         (quantized(QWEN3_8B_FP8, modules_to_not_convert=[3]), "wrong-type", "modules_to_not_convert"),
         (quantized(QWEN25_7B_AWQ, version="gemv"), "unsupported-value", "version"),
         (quantized(QWEN25_7B_AWQ, zero_point=False), "unsupported-value", "zero_point"),
+        (quantized(QWEN25_7B_AWQ, version="gemv_fast"), "unsupported-value", "version"),
+        (quantized(QWEN25_7B_AWQ, group_size=-1), "wrong-value", "group_size"),
+        (quantized(QWEN25_7B_AWQ, group_size=96), "group-does-not-divide", "groups of 96"),
         (quantized(QWEN25_7B_AWQ, bits=8), "wrong-value", "bits"),
         (quantized(QWEN25_7B_AWQ, surprise=1), "unread-key", "surprise"),
         (quantized(QWEN25_7B_GPTQ, bits=3), "wrong-value", "bits"),
-        (quantized(QWEN25_7B_GPTQ, group_size=100), "group-does-not-divide", "groups of 100"),
+        (quantized(QWEN25_7B_GPTQ, bits=2), "wrong-value", "bits"),
+        (quantized(QWEN25_7B_GPTQ, group_size=0), "wrong-value", "group_size"),
+        (quantized(QWEN25_7B_GPTQ, checkpoint_format="marlin"), "wrong-value", "checkpoint_format"),
+        (quantized(QWEN25_7B_GPTQ, is_marlin_format=True), "unsupported-value", "is_marlin_format"),
+        (quantized(QWEN25_7B_GPTQ, lm_head=True), "unsupported-value", "lm_head"),
+        (quantized(QWEN25_7B_GPTQ, pack_dtype="int8"), "unsupported-value", "pack_dtype"),
         (quantized(QWEN25_7B_GPTQ, dynamic={"-:lm_head": {}}), "unsupported-value", "dynamic"),
-        (quantized(QWEN25_7B_GPTQ, quant_method="bitsandbytes"), "wrong-value", "quant_method"),
+        (ours(quant_method="bitsandbytes"), "wrong-value", "bitsandbytes"),
+        (ours(quant_method="compressed-tensors"), "wrong-value", "compressed-tensors"),
+        (ours(scheme="int3"), "wrong-value", "scheme"),
+        (ours(head="fp8"), "wrong-value", "head"),
+        (ours(scheme="int8", group_size=32), "unread-key", "group_size"),
+        (ours(scheme="int8", head="int4"), "wrong-value", "head"),
+        (ours(group_size=None), "wrong-value", "group_size"),
+        (ours(bits=4), "unread-key", "bits"),
     ],
 )
 def test_quantization_that_is_refused(config, code, said):

@@ -106,6 +106,9 @@ def quantizations(draw):
                 {"scheme": "awq", "group_size": 64},
                 {"scheme": "gptq", "bits": 4, "group_size": -1, "desc_act": True},
                 {"scheme": "gptq", "bits": 8, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
+                {"scheme": "int8"},
+                {"scheme": "int8", "head": "none"},
+                {"scheme": "int4", "group_size": 128, "head": "int4"},
             ]
         )
     )
@@ -164,7 +167,7 @@ def qwen1(draw):
         "mlp": {"bias": biased},
         "checkpoint": {"layout": "qwen1"},
     }
-    quantization = draw(quantizations().filter(lambda q: q is None or q["scheme"] == "gptq"))
+    quantization = draw(quantizations().filter(lambda q: q is None or q["scheme"] in ("gptq", "int8", "int4")))
     return spec_of(arch, quantization)
 
 
@@ -341,8 +344,6 @@ def test_what_hugging_face_cannot_say_is_named(form, change, named):
 @pytest.mark.parametrize(
     ("quantization", "named"),
     [
-        ({"scheme": "int8"}, "quantization.scheme: int8"),
-        ({"scheme": "int4"}, "quantization.scheme: int4"),
         ({"scheme": "fp8_block", "block": [64, 64], "activations": "none"}, "quantization.activations: none"),
         ({"scheme": "gptq", "bits": 4, "skip": ["model.layers.0.mlp.up_proj"]}, "quantization.skip"),
     ],
@@ -353,10 +354,25 @@ def test_quantization_that_hugging_face_cannot_say(quantization, named):
     assert [named in diagnostic.message for diagnostic in caught.value.diagnostics] == [True]
 
 
-@pytest.mark.parametrize("scheme", [{"scheme": "fp8_block", "block": [64, 64]}, {"scheme": "awq", "group_size": 64}])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        {"scheme": "fp8_block", "block": [64, 64]},
+        {"scheme": "awq", "group_size": 64},
+        {"scheme": "int8"},
+        {"scheme": "int4", "head": "none"},
+    ],
+)
 def test_modules_left_in_full_precision_come_back(scheme):
     spec = spec_of(PLAIN, scheme | {"skip": ["model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj"]})
     assert back(spec, "v5").spec.quantization == spec.quantization
+
+
+def test_a_head_that_is_named_comes_back_where_heads_are_quantised():
+    """Other schemes never quantise it: there it says nothing."""
+    skip = ["model.embed_tokens", "lm_head"]
+    assert back(spec_of(PLAIN, {"scheme": "int8", "skip": skip}), "v5").spec.quantization.skip == tuple(skip)
+    assert back(spec_of(PLAIN, {"scheme": "awq", "group_size": 64, "skip": skip}), "v5").spec.quantization.skip == ()
 
 
 def test_the_released_specs_can_be_exported():

@@ -80,7 +80,8 @@ def test_transformers_agrees(
     assert config.rope_parameters == parameters, "transformers changed the parameters it was given"
     theirs, attention_factor = ROPE_INIT_FUNCTIONS[scaling["kind"]](config, "cpu", seq_len=length)
 
-    assert rope.frequencies(ours, length) == pytest.approx(theirs.tolist(), rel=5e-6)
+    # They blend llama3's bands in float32, over a difference that may be as small as a ninth of its terms.
+    assert rope.frequencies(ours, length) == pytest.approx(theirs.tolist(), rel=2e-5)
     assert ours.attention_factor == pytest.approx(attention_factor, rel=1e-14)
 
 

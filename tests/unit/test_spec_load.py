@@ -159,11 +159,20 @@ def test_extends_another_file(tmp_path: Path) -> None:
     assert [s.architecture.dtype for s in (a, b, c, d)] == ["float16", "float16", "float16", "float32"]
     assert [s.architecture.vocab_size for s in (a, b, c, d)] == [96, 97, 96, 96]
     assert [s.quantization and s.quantization.model_dump(exclude={"skip"}) for s in (a, b, c, d)] == [
-        {"scheme": "int4", "group_size": 32},
-        {"scheme": "int4", "group_size": 64},
-        {"scheme": "int8"},
+        {"scheme": "int4", "group_size": 32, "head": "int8"},
+        {"scheme": "int4", "group_size": 64, "head": "int8"},
+        {"scheme": "int8", "head": "int8"},
         None,
     ]
+
+
+def test_another_kind_replaces_and_another_dtype_does_not(tmp_path: Path) -> None:
+    """`dtype` chooses between KV caches; of an architecture it is a key like any other."""
+    variants = {"f-a": {"dtype": "float16", "kv_cache": {"dtype": "int8"}}, "f-b": {"kv_cache": {"scales": "token"}}}
+    path = write(tmp_path / "f.yaml", kv_cache={"dtype": "fp8_e4m3", "scales": "checkpoint"}, variants=variants)
+    a, b = load_all(path)
+    assert (a.architecture.dtype, a.kv_cache.model_dump()) == ("float16", {"dtype": "int8"})
+    assert b.kv_cache.model_dump() == {"dtype": "fp8_e4m3", "scales": "token"}
 
 
 def test_extends_without_a_name_means_the_default_variant(tmp_path: Path) -> None:
