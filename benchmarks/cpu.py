@@ -1,9 +1,10 @@
 """Generated packages on CPU, beside Hugging Face and what the machine can do: python benchmarks/cpu.py.
 
-Both backends' packages are generated from a spec, and all contenders read the same random checkpoint. Each is a
-process of its own; rounds alternate between them, so that all meet the same neighbours on the machine. The limits
-are measured in the same rounds: reading the weights once for a decoded token, the matrix products at torch's best
-rate for a prefill. In the end TVM's compile times are measured, of the whole model and of one with 4 layers.
+Both backends' packages are generated from a spec, and all contenders read the same random checkpoint, or what
+`qwenspec convert` makes of it. Each is a process of its own; rounds alternate between them, so that all meet the same
+neighbours on the machine. The limits are measured in the same rounds: reading the weights once for a decoded token, the
+matrix products at torch's best rate for a prefill. A floor is the time to read as many bytes as a contender's own
+weights are. In the end TVM's compile times are measured, of the whole model and of one with 4 layers.
 """
 
 from __future__ import annotations
@@ -22,12 +23,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import qwenspec
+from qwenspec.convert.convert import Request, convert
 from qwenspec.spec.document import Spec
+from qwenspec.spec.quantization import Int4, Int8
 
 ROOT = Path(__file__).resolve().parents[1]
-CONTENDERS = ("triton", "tvm", "hugging face", "tvm float16", "tvm bfloat16")
+QUANTIZED = {
+    "tvm int8": Int8(scheme="int8"),
+    "tvm int4": Int4(scheme="int4"),
+    "tvm int4, int4 head": Int4(scheme="int4", head="int4"),
+}
+CONTENDERS = ("triton", "tvm", "hugging face", "tvm float16", "tvm bfloat16", *QUANTIZED)
 WORKS = ("decode", "prefill 128", "prefill 512")
-TOLERANCES = {"": 1e-4, "float16": 1e-2, "bfloat16": 1e-1}  # of the largest logit, over a few decoded tokens
+# Of the largest logit, over a few decoded tokens.
+TOLERANCES = {"float16": 1e-2, "bfloat16": 1e-1, "int8": 0.3, "int4": 1.0, "int4, int4 head": 1.0}
 
 
 def main() -> int:
@@ -46,12 +55,13 @@ def main() -> int:
         folder = Path(name)
         spec = shortened(args.spec, args.variant, args.layers, folder)
         packages = {backend: qwenspec.emit(spec, backend, folder) for backend in ("triton", "tvm")}
-        seconds = race(packages, folder / "checkpoint", args)
+        seconds, bytes_read = race(spec, packages, folder / "checkpoint", args)
         compiled = {} if args.no_compile else compile_times(args, folder)
     if args.json:
-        print(json.dumps({"rounds": seconds, "compile": compiled}, indent=1))
+        print(json.dumps({"rounds": seconds, "bytes": bytes_read, "compile": compiled}, indent=1))
     else:
-        print(render({name: median(r[name] for r in seconds) for name in seconds[0]}, args.contenders))
+        medians = {name: median(r[name] for r in seconds) for name in seconds[0]}
+        print(render(medians, bytes_read, args.contenders))
         for layers, (whole, compile_alone) in compiled.items():
             print(f"tvm, {layers} layers: compiled in {compile_alone:.1f} s; {whole:.1f} s with start and linking")
     return 0
@@ -72,14 +82,20 @@ def shortened(spec: str, variant: str, layers: int | None, folder: Path) -> Spec
 # ---------------------------------------------------------------------------------------------- the contenders
 
 
-def race(packages: dict[str, Path], checkpoint: Path, args: argparse.Namespace) -> list[dict[str, float]]:
-    """Of each round, the seconds of every piece of work, of each contender and of the machine at its limit."""
+def race(
+    spec: Spec, packages: dict[str, Path], checkpoint: Path, args: argparse.Namespace
+) -> tuple[list[dict[str, float]], dict[str, int]]:
+    """Of each round, the seconds of every piece of work, of each contender and of the machine at its limit; and the
+    bytes of weights that each reads for a token."""
     limits = start("limits", packages["triton"], checkpoint, args.threads)
     ask(limits, "checkpoint")
-    peers = {
-        name: start(name, packages["tvm" if name.startswith("tvm") else "triton"], checkpoint, args.threads)
-        for name in args.contenders
-    }
+    peers = {}
+    for name in args.contenders:
+        package, weights = packages["tvm" if name.startswith("tvm") else "triton"], checkpoint
+        if name in QUANTIZED:
+            package, weights = quantized(spec, name, checkpoint)
+        peers[name] = start(name, package, weights, args.threads)
+    bytes_read = {name: ask(peer, "bytes") for name, peer in {**peers, "limit": limits}.items()}
     try:
         if args.verify:
             verify(peers)
@@ -93,7 +109,16 @@ def race(packages: dict[str, Path], checkpoint: Path, args: argparse.Namespace) 
         for peer in (*peers.values(), limits):
             peer.stdin.close()
             peer.wait()
-    return rounds
+    return rounds, bytes_read
+
+
+def quantized(spec: Spec, name: str, checkpoint: Path) -> tuple[Path, Path]:
+    """A quantised contender's package and checkpoint."""
+    folder = checkpoint.parent / name.replace(", ", "_").replace(" ", "_")
+    request = Request(checkpoint, spec, QUANTIZED[name], folder / "checkpoint")
+    folder.mkdir()
+    convert(request)
+    return qwenspec.emit(request.result, "tvm", folder), request.out
 
 
 def start(name: str, package: Path, checkpoint: Path, threads: int) -> Any:
@@ -133,7 +158,7 @@ def verify(peers: dict[str, Any]) -> None:
         pairs = ((a, b) for row, other in zip(rows, expected, strict=True) for a, b in zip(row, other, strict=True))
         difference = max(abs(a - b) for a, b in pairs) / largest
         print(f"{name}: {difference:.1e} of the largest logit from {first}", file=sys.stderr)
-        if difference > TOLERANCES[name.removeprefix("tvm").strip() if name.startswith("tvm") else ""]:
+        if difference > TOLERANCES.get(name.removeprefix("tvm "), 1e-4):
             raise SystemExit("the models disagree")
 
 
@@ -152,8 +177,8 @@ def compile_times(args: argparse.Namespace, folder: Path) -> dict[int, tuple[flo
     return found
 
 
-def render(medians: dict[str, float], contenders: list[str]) -> str:
-    """Tokens a second; how often Hugging Face's rate, where it runs; the share of the limit in float32."""
+def render(medians: dict[str, float], bytes_read: dict[str, int], contenders: list[str]) -> str:
+    """Tokens a second; the share of the limit in float32, and of a contender's floor; how often another's rate."""
     lines = []
     for work in WORKS:
         tokens = 1 if work == "decode" else int(work.split()[1])
@@ -161,7 +186,9 @@ def render(medians: dict[str, float], contenders: list[str]) -> str:
         lines.append(f"{work}: the machine's limit in float32 is {tokens / limit:.2f} tokens/s")
         for name in contenders:
             ours = medians[f"{work}, {name}"]
-            line = f"  {name:<14}{tokens / ours:>9.2f} tokens/s{limit / ours:>8.0%} of the limit"
+            line = f"  {name:<20}{tokens / ours:>9.2f} tokens/s{limit / ours:>8.0%} of the limit"
+            if work == "decode":
+                line += f"{limit * bytes_read[name] / bytes_read['limit'] / ours:>8.0%} of its floor"
             for other in ("hugging face", "triton", "tvm"):
                 if other in contenders and other != name:
                     line += f"{medians[f'{work}, {other}'] / ours:>8.2f} x {other}"

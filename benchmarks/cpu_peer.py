@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ def main(name: str, package: str, checkpoint: str) -> None:
     else:
         contender = HuggingFace(folder, weights) if name == "hugging face" else Package(name, folder, weights)
         answers = {
+            "bytes": contender.bytes_read,
             "logits": lambda: [row[::97].tolist() for row in contender.steps()],
             "decode": lambda: timed(contender.steps) / STEPS,
             **{f"prefill {n}": partial(contender.prefill_seconds, n) for n in PROMPTS},
@@ -47,13 +50,15 @@ def prompt(tokens: int, vocab_size: int) -> np.ndarray:
 
 
 class Package:
-    """A generated package. `name` is its backend, and a dtype behind it if that is not float32."""
+    """A generated package. `name` is its backend, and a dtype behind it if that is not float32; or how its weights are
+    quantised, while it computes in float32."""
 
     def __init__(self, name: str, folder: Path, weights: Path) -> None:
-        backend, _, dtype = name.partition(" ")
+        self.backend, _, variant = name.partition(" ")
+        self.folder, self.dtype = folder, variant if variant in ("float16", "bfloat16") else "float32"
         sys.path.insert(0, str(folder.parent))
-        self.model = __import__(folder.name).Model.load(weights, "cpu", dtype or "float32")
-        if backend == "triton":
+        self.model = __import__(folder.name).Model.load(weights, "cpu", self.dtype)
+        if self.backend == "triton":
             import torch
 
             self.ids: Callable[[np.ndarray], Any] = torch.from_numpy
@@ -62,6 +67,19 @@ class Package:
         self.cache = self.model.create_paged_kv_cache(2, CONTEXT + STEPS + max(PROMPTS) + 32, max(PROMPTS))
         self.cache.add_sequence(0)
         self.prefill(0, CONTEXT)
+
+    def bytes_read(self) -> int:
+        """Of weights, a decode step."""
+        if self.backend == "triton":
+            from benchmarks import packages
+
+            return packages.parameter_bytes_read(self.model)
+        package = self.folder.name
+        library, targets = (importlib.import_module(f"{package}.{name}") for name in ("library", "targets"))
+        parameters = library.find_library(targets.find_target("cpu"), self.dtype).metadata["params"]
+        tied = not any(one["name"].startswith("lm_head") for one in parameters)
+        read = [one for one in parameters if tied or one["name"] != "embed_tokens.weight"]
+        return sum(math.prod(one["shape"]) * np.dtype(one["dtype"]).itemsize for one in read)
 
     def prefill(self, sequence: int, tokens: int) -> Any:
         self.cache.begin_forward([sequence], [tokens])
@@ -102,6 +120,12 @@ class HuggingFace:
         self.hf = packages.hugging_face(package, package.Model.load(weights, "cpu", "float32"))
         self.cache = self.prefill(CONTEXT)
 
+    def bytes_read(self) -> int:
+        """Of weights, a decode step."""
+        from benchmarks import packages
+
+        return packages.parameter_bytes_read(self.hf)
+
     def prefill(self, tokens: int) -> Any:
         ids = self.torch.from_numpy(prompt(tokens, self.hf.config.vocab_size)).long()[None]
         return self.hf(ids, use_cache=True, logits_to_keep=1).past_key_values
@@ -140,6 +164,7 @@ class Limits:
     def answers(self) -> dict[str, Callable[[], Any]]:
         return {
             "checkpoint": lambda: "written",
+            "bytes": lambda: self.bytes_read,
             "decode": self.read_seconds,
             **{f"prefill {n}": partial(self.multiply_seconds, n) for n in PROMPTS},
         }

@@ -16,6 +16,7 @@ import triton.runtime.interpreter as interpreter
 
 assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported"
 
+_FLOAT8 = {tl.float8e4nv: torch.float8_e4m3fn}
 _TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 _BITS = {16: torch.int16, 32: torch.int32, 64: torch.int64}
 
@@ -33,12 +34,16 @@ def _convert_float(x: Any, source: Any, target: Any, rounding: Any) -> Any:
 
 
 def _create_dot(self: Any, a: Any, b: Any, d: Any, input_precision: Any, max_num_imprecise_acc: Any) -> Any:
-    """tl.dot. The interpreter multiplies bfloat16's bit patterns, which it holds as uint16, as integers."""
+    """tl.dot. The interpreter multiplies bfloat16's bit patterns, which it holds as uint16, as integers; a repair that
+    takes its place has to know float8's too."""
     product = np.matmul(_values(a), _values(b), dtype=d.data.dtype)
     return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
 
 def _values(handle: Any) -> Any:
+    if handle.dtype.scalar in _FLOAT8:
+        bits = torch.from_numpy(np.ascontiguousarray(handle.data).view(np.uint8))
+        return bits.view(_FLOAT8[handle.dtype.scalar]).float().numpy()
     if handle.dtype.scalar == tl.bfloat16:
         return _convert_float(handle.data, handle.dtype, tl.float32, None).view(np.float32)
     return handle.data

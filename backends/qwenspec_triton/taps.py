@@ -31,7 +31,8 @@ class Recorder:
             for name, module in model.named_modules():
                 if isinstance(module, layers.Attention):
                     stack.enter_context(module.register_forward_pre_hook(self._entering(name)))
-                if name not in ("", "lm_head"):  # the head's output is the logits
+                # The head's output is the logits, and fused parts are told together.
+                if name not in ("", "lm_head") and not self._is_part(model, name):
                     stack.enter_context(module.register_forward_hook(self._leaving(name)))
             rotate = self._rotating(layers.rotate_and_cache)
             decode, prefill = (self._attending(f) for f in (layers.decode_attention, layers.prefill_attention))
@@ -39,6 +40,10 @@ class Recorder:
                 replaced(layers, rotate_and_cache=rotate, decode_attention=decode, prefill_attention=prefill)
             )
             yield
+
+    def _is_part(self, model: nn.Module, name: str) -> bool:
+        fused = getattr(self._layers, "LinearBlocks", ())  # not every package has it
+        return isinstance(model.get_submodule(name.rpartition(".")[0]), fused)
 
     def _keep(self, address: str, output: Tensor) -> None:
         # A copy: kernels may write over what they have read.
@@ -69,7 +74,7 @@ class Recorder:
                 self._keep(f"{self._attention}.k_norm", k_norm)
             q = rotate_and_cache(**call)
             self._keep(f"{self._attention}.q", q)
-            self._keep(f"{self._attention}.k", call["k_pages"].flatten(0, 1)[call["slots"]])
+            self._keep(f"{self._attention}.k", _cached_keys(call))
             return q
 
         return rotate
@@ -83,15 +88,31 @@ class Recorder:
         return attend
 
 
+def _cached_keys(call: dict[str, Any]) -> Tensor:
+    """What attention reads of the keys that rotate_and_cache has just cached: [n, num_kv_heads, head_dim]."""
+    keys: Tensor = call["k_pages"].flatten(0, 1)[call["slots"]]
+    if "k_scales" not in call:
+        return keys
+    scales: Tensor = call["k_scales"]
+    if scales.ndim > 1:  # of every token and head
+        scales = scales.flatten(0, 1)[call["slots"]].unsqueeze(-1)
+    return (keys.view(torch.float8_e4m3fn) if keys.dtype == torch.uint8 else keys).float() * scales
+
+
 def _norms(rotate_and_cache: Callable[..., Tensor], call: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """The same kernel on the same heads with nothing to turn or scale, which leaves the norms, rounded as ever.
 
     -> queries [n, num_heads, head_dim], keys [n, num_kv_heads, head_dim]"""
     n, (_, _, kv_heads, head_dim) = len(call["qkv"]), call["k_pages"].shape
-    pages = call["k_pages"].new_empty(2, 1, n, kv_heads, head_dim)  # not the cache's
     still = {"cos": torch.ones_like(call["cos"]), "sin": torch.zeros_like(call["sin"])}
-    still |= {"k_pages": pages[0], "v_pages": pages[1], "slots": torch.arange(n, device=pages.device)}
     if "query_scale" in call:
         still["query_scale"] = torch.ones_like(call["query_scale"])
+    if "k_scales" in call:  # in the cache keys are no more what the norm gave: they take the place of queries
+        still["slots"] = torch.full_like(call["slots"], -1)
+        k, v = call["qkv"][:, -2 * kv_heads * head_dim :].chunk(2, dim=1)
+        keys = {"qkv": torch.cat([k, k, v], dim=1), "q_norm_weight": call["k_norm_weight"]}
+        return rotate_and_cache(**call | still), rotate_and_cache(**call | still | keys)
+    pages = call["k_pages"].new_empty(2, 1, n, kv_heads, head_dim)  # not the cache's
+    still |= {"k_pages": pages[0], "v_pages": pages[1], "slots": torch.arange(n, device=pages.device)}
     q = rotate_and_cache(**call | still)
     return q, pages[0, 0]

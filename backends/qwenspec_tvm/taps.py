@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-from tvm import relax
+from tvm import relax, te
 from tvm.relax.frontend import nn
 
 from qwenspec.backend.adapter import is_layer, replaced
@@ -24,7 +24,7 @@ class Taps:
             importlib.import_module(f"{package.__name__}.{name}") for name in ("compiler", "layers", "targets")
         )
         target = targets.find_target(device)
-        recorder = _Recorder(layers)
+        recorder = _Recorder(layers, importlib.import_module(f"{package.__name__}.kernels.attention"))
         with target, compiler.quick_frames():
             decoder = compiler.Decoder(package.Config(), dtype)
             with recorder.attached(decoder):
@@ -44,17 +44,17 @@ class Taps:
 class _Recorder:
     """Keeps outputs by address, float32, in the order in which a decoder's modules are traced."""
 
-    def __init__(self, layers: ModuleType) -> None:
-        """`layers` is the package's module of that name."""
+    def __init__(self, layers: ModuleType, kernels: ModuleType) -> None:
+        """The package's modules `layers` and `kernels.attention`."""
         self.outputs: dict[str, nn.Tensor] = {}
-        self._layers = layers
+        self._layers, self._kernels = layers, kernels
         self._attention = ""  # the address of the attention that is traced
 
     @contextmanager
     def attached(self, decoder: nn.Module) -> Iterator[None]:
         """While it lasts, the decoder's modules are recorded when they are traced. For a decoder that has no later."""
         for name, module in _named_modules(decoder):
-            if name != "lm_head":  # whose output is the logits
+            if name != "lm_head" and hasattr(module, "forward"):  # the head's output is the logits
                 module.forward = self._forwarding(name, module)
         layers = self._layers
         with replaced(layers, rotate=self._rotating(layers.rotate), attend=self._attending(layers.attend)):
@@ -98,12 +98,35 @@ class _Recorder:
             self._keep(f"{self._attention}.{name}", part)
 
     def _attending(self, attend: Callable[..., nn.Tensor]) -> Callable[..., nn.Tensor]:
+        parameters = inspect.signature(attend)
+
         def recorded(*arguments: Any) -> nn.Tensor:
+            if hasattr(self._kernels, "to_entries"):  # keys are quantised: in place of what they were before
+                self._keep(f"{self._attention}.k", self._cached_keys(parameters.bind(*arguments).arguments))
             context = attend(*arguments)
             self._keep(f"{self._attention}.context", context)
             return context
 
         return recorded
+
+    def _cached_keys(self, call: dict[str, Any]) -> nn.Tensor:
+        """[n, num_kv_heads, head_dim] float32, of attend's arguments by name."""
+        qkv, num_heads = call["qkv"], call["num_heads"]
+        scales = [call[name] for name in ("k_scale", "v_scale") if name in call]
+        entries = self._kernels.to_entries(qkv, num_heads, *scales)
+        kv_heads, head_dim = (int(qkv.shape[1]) - num_heads) // 2, int(qkv.shape[2])
+        first = int(entries.shape[1]) - 2 * kv_heads
+        part = importlib.import_module(self._kernels.__name__.replace("attention", "kv_entries"))
+
+        def keys(entries: te.Tensor, *k_scale: te.Tensor) -> te.Tensor:
+            def key(token: Any, head: Any, i: Any) -> Any:
+                row = token, first + head
+                scale = part.attention_scale(*k_scale) if k_scale else part.entry_scale(entries, row, head_dim)
+                return part.entry_value(entries, row, i) * scale
+
+            return te.compute((qkv.shape[0], kv_heads, head_dim), key, "keys")
+
+        return nn.op.tensor_expr_op(keys, "cached_keys", [entries, *scales[:1]])
 
 
 def _no_rotation(call: dict[str, Any]) -> dict[str, nn.Tensor]:

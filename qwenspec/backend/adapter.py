@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.api import Cache, Runner
 from qwenspec.backend.load import import_package
-from qwenspec.backend.structure import packing, structure
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.nodes import Model
 
@@ -30,23 +29,9 @@ class PackageBackend(ABC):
     name: str
     libraries: tuple[str, ...]  # distributions that its packages import at run time
     modules: tuple[str, ...]  # without which they cannot be imported
-    formats: frozenset[str] = frozenset()  # of weights and KV caches that it executes: awq, gptq, fp8, int8, int4, kv …
 
     def unsupported(self, model: Model) -> list[Diagnostic]:
-        shape = structure(model)
-        wanted = {
-            packing(shape.weights),
-            packing(shape.head_weights),
-            f"kv {shape.kv_cache.dtype}" if shape.kv_cache else "",
-        }
-        return [
-            Diagnostic(
-                "unsupported",
-                f"the {self.name} backend cannot execute {format} yet ({model.name})",
-                hint="generate in full precision: `--quantization none --kv-cache none`",
-            )
-            for format in sorted(wanted - self.formats - {""})
-        ]
+        return []
 
     def unavailable(self) -> Diagnostic | None:
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import NamedTuple
 
-from qwenspec.ir.nodes import Model
+from qwenspec.backend.structure import structure
+from qwenspec.ir.nodes import Fp8Format, IntFormat, Model
 
 
 class Field(NamedTuple):
@@ -38,7 +39,7 @@ def config_fields(model: Model, windows: str) -> list[Field]:
         found.append(Field("layer_windows", "tuple[int | None, ...]", repr(spans), comment))
     if attention.logn is not None:
         found.append(_field("logn_train_length", attention.logn.train_length))
-    return found + _rope_fields(model)
+    return found + _rope_fields(model) + _quantization_fields(model)
 
 
 def _rope_fields(model: Model) -> list[Field]:
@@ -48,6 +49,17 @@ def _rope_fields(model: Model) -> list[Field]:
     if rope.attention_factor != 1.0:
         found.append(_field("rope_attention_factor", rope.attention_factor, "multiplies cos and sin"))
     return found
+
+
+def _quantization_fields(model: Model) -> list[Field]:
+    shape = structure(model)
+    match shape.weights or shape.head_weights:
+        case IntFormat(group_size=int() as size):
+            return [_field("group_size", size, "inputs of a quantised matrix that share a scale")]
+        case Fp8Format(block=block):
+            comment = "outputs and inputs of a quantised matrix that share a scale"
+            return [Field("weight_block", "tuple[int, int]", repr(block), comment)]
+    return []
 
 
 def _field(name: str, value: object, comment: str = "") -> Field:

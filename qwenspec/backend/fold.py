@@ -84,6 +84,12 @@ class _Text:
         assert last.end_lineno is not None
         return self.line(start), self.line(last.end_lineno + 1)
 
+    def comments(self, start: int, column: int) -> int:
+        """The end of the comments on lines of their own that begin at `start` and right of a column."""
+        found = re.compile(rf"(?: {{{column + 1},}}#.*\n)*").match(self.source, start)
+        assert found is not None
+        return found.end()
+
     def text(self, node: ast.AST) -> str:
         start, stop = self.span(node)
         return self.source[start:stop]
@@ -160,11 +166,13 @@ def _operand(text: _Text, node: ast.expr) -> str:
 
 def _settle(text: _Text, node: ast.If, test: bool) -> Edit:
     start, stop = text.lines(node, node)
+    stop = text.comments(stop, node.col_offset)
     indent = " " * node.col_offset
     is_elif = text.source.startswith("elif", text.span(node)[0])
     if test:
         header = re.compile(r"[\s)]*:.*\n")
-        block = _after(header, text, text.span(node.test)[1], text.lines(node.body[0], node.body[-1])[1])
+        end = text.comments(text.lines(node.body[0], node.body[-1])[1], node.col_offset)
+        block = _after(header, text, text.span(node.test)[1], end)
     elif not node.orelse:
         return start, stop, ""
     elif text.source.startswith("elif", text.span(node.orelse[0])[0]):

@@ -27,14 +27,16 @@ from qwenspec.ir.quantized import Block, blocks, stored_tensors
 HERE = Path(__file__).parent  # its templates/ and runtime/ are what packages of all backends share
 
 
-def render(model: Model, templates: Path, names: Iterable[str]) -> dict[str, str]:
-    """`name.py` from `name.py.jinja` of the backend's templates or else of the common ones."""
+def render(model: Model, templates: Path, names: Iterable[str], **context: Any) -> dict[str, str]:
+    """`name.py` from `name.py.jinja` of the backend's templates or else of the common ones.
+
+    `context`: names that only the backend's own templates read."""
     found = environment(templates, HERE / "templates")
-    context = template_context(model)
+    context |= template_context(model)
     return {f"{name}.py": found.get_template(f"{name}.py.jinja").render(context) for name in names}
 
 
-def vendor(files: Iterable[Path], shape: Structure, folder: str = "", **flags: bool) -> dict[str, str]:
+def vendor(files: Iterable[Path], shape: Structure, folder: str = "", **flags: bool | str) -> dict[str, str]:
     """Plain files, with the structural flags that they declare resolved, under `folder` in the package.
 
     `flags`: what the backend decides otherwise than the structure does."""
@@ -50,7 +52,8 @@ def common(shape: Structure, *names: str, **flags: bool) -> dict[str, str]:
 def manifest(model: Model) -> dict[str, str]:
     """What checkpoint.py reads: each parameter's shape and sources, one entry for the same parameter of all layers."""
     content: dict[str, Any] = {"num_layers": len(model.layers), "ignored_tensors": list(model.ignored_tensors)}
-    if structure(model).weights:
+    shape = structure(model)
+    if shape.weights or shape.head_weights:
         content["zero_tensors"] = list(model.zero_tensors)
     return {MANIFEST: json.dumps(content | {"parameters": _entries(model)})}
 

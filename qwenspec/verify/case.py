@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwenspec.spec.document import Spec
+from qwenspec.spec.kv_cache import Fp8KvCache, Int8KvCache
+from qwenspec.spec.quantization import Fp8Block
 from qwenspec.verify.steps import CacheSizes
 
 REFERENCE = "reference"
 HUGGING_FACE = "huggingface"
+Rounded = Literal["activations", "kv_fp8_e4m3", "kv_int8"]  # activations: to e4m3
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,20 @@ class Case:
         arch = self.spec.architecture
         own = None if arch.lm_head is None else arch.lm_head.dtype
         return own if own != arch.dtype else None
+
+    @property
+    def rounded(self) -> tuple[Rounded, ...]:
+        """What the spec itself rounds so coarsely that a difference in the last bit may become a large one."""
+        quantization = self.spec.quantization
+        dynamic = isinstance(quantization, Fp8Block) and quantization.activations == "dynamic"
+        found: tuple[Rounded, ...] = ("activations",) if dynamic else ()
+        match self.spec.kv_cache:
+            case None:
+                return found
+            case Fp8KvCache():
+                return (*found, "kv_fp8_e4m3")
+            case Int8KvCache():
+                return (*found, "kv_int8")
 
     def to_data(self) -> dict[str, Any]:
         """For JSON."""

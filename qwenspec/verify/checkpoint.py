@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
-from qwenspec.backend.runtime.checkpoint import CheckpointError, read_headers
+from qwenspec.backend.runtime.stored import CheckpointError, read_headers
 from qwenspec.diagnostics import Diagnostic, SpecError
 
 
@@ -23,10 +25,14 @@ class StoredTensors(Mapping[str, "npt.NDArray[Any]"]):
             raise SpecError([Diagnostic("checkpoint", str(error))]) from error
 
     def __getitem__(self, name: str) -> npt.NDArray[Any]:
-        import ml_dtypes  # noqa: F401  gives NumPy its bfloat16
+        import ml_dtypes  # gives NumPy its bfloat16
         from safetensors import safe_open
 
-        with safe_open(self._stored[name].file, framework="np") as tensors:
+        stored = self._stored[name]
+        if stored.dtype == "F8_E4M3":  # safetensors has none for NumPy
+            raw = np.frombuffer(_read(stored.file, name), ml_dtypes.float8_e4m3fn)
+            return raw.reshape(stored.shape)
+        with safe_open(stored.file, framework="np") as tensors:
             array: npt.NDArray[Any] = tensors.get_tensor(name)
         return array
 
@@ -35,3 +41,12 @@ class StoredTensors(Mapping[str, "npt.NDArray[Any]"]):
 
     def __len__(self) -> int:
         return len(self._stored)
+
+
+def _read(file: Path, name: str) -> bytes:
+    """A tensor's bytes: the file begins with its header's length in 8 bytes, and the header, in JSON."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        start, end = json.loads(opened.read(length))[name]["data_offsets"]
+        opened.seek(8 + length + start)
+        return opened.read(end - start)

@@ -13,9 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenspec.backend.registry import MANIFEST
-from qwenspec.backend.runtime.checkpoint import CheckpointError, read_headers, read_manifest
+from qwenspec.backend.runtime.checkpoint import CheckpointError, read_manifest
+from qwenspec.backend.runtime.quantized import read_quantized
+from qwenspec.backend.runtime.stored import read_headers
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.spec.document import Spec
+from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.reference import Reference
 from qwenspec.verify.reference_rope import Array, attention_factor, inverse_frequencies
 
@@ -55,10 +58,15 @@ def rope_lengths(spec: Spec) -> list[int]:
 
 
 def tensors_read(spec: Spec) -> Shapes:
-    """Every checkpoint tensor that the reference reads, with its shape."""
+    """Every checkpoint tensor that the reference reads, with its shape: of quantised modules what their format stores,
+    all that it may."""
     reference = _Reading(spec)
     reference.sequence().forward(np.empty(0, np.int64))
-    return reference.shapes
+    shapes = reference.shapes
+    for module, matrix in quantized_matrices(spec).items():
+        del shapes[f"{module}.weight"]
+        shapes |= {f"{module}.{suffix}": shape for suffix, shape in matrix.stored_shapes().items()}
+    return shapes
 
 
 class _Reading(Reference):
@@ -77,11 +85,17 @@ class _Reading(Reference):
 def tensors_of_package(package: Path) -> Shapes:
     """Every checkpoint tensor that a package's manifest names, with its shape."""
     manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
-    return {
+    shapes = {
         tensor: (rows, *parameter.shape[1:])
         for parameter in read_manifest(manifest)
         for tensor, rows in parameter.sources
     }
+    for entry in manifest["parameters"]:
+        if "format" in entry:
+            every = range(manifest["num_layers"]) if "{i}" in entry["name"] else (0,)
+            matrices = [read_quantized(entry, i, {}) for i in entry.get("layers", every)]
+            shapes |= {tensor.name: tensor.shape for matrix in matrices for tensor in matrix.tensors}
+    return shapes
 
 
 def differing(actual: Shapes, expected: Shapes) -> list[str]:
@@ -99,6 +113,9 @@ def check_fits(spec: Spec, folder: Path) -> None:
     except CheckpointError as error:
         raise SpecError([Diagnostic("checkpoint", str(error))]) from error
     needed = tensors_read(spec)
+    for module, matrix in quantized_matrices(spec).items():
+        for name in {f"{module}.{suffix}" for suffix in matrix.optional} - set(stored):
+            del needed[name]
     problems = differing({name: shape for name, shape in stored.items() if name in needed}, needed)
     if problems:
         more = f", and {len(problems) - TOLD:,} more" if len(problems) > TOLD else ""

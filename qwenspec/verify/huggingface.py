@@ -1,4 +1,6 @@
-"""Hugging Face transformers as a contender, for specs that its configs can say."""
+"""Hugging Face transformers as a contender, for specs that its configs can say.
+
+It computes in float32, with quantised weights dequantised: on a CPU it runs no quantised format."""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ import numpy.typing as npt
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf.exporter import export_config
 from qwenspec.spec.document import Spec
+from qwenspec.spec.quantization import Fp8Block
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, LongRope
 from qwenspec.verify.contenders import Rows
 from qwenspec.verify.steps import Add, Commit, Fork, Forward, Popn, Remove, Restart, Step, path
@@ -24,8 +27,12 @@ def obstacle(spec: Spec) -> str | None:
         return "transformers has no class for Qwen-1"
     if isinstance(spec.architecture.rope.scaling, Dynamic | DynamicQwen1 | LongRope):
         return "its rotary frequencies follow the whole batch's length"
+    if isinstance(spec.quantization, Fp8Block) and spec.quantization.activations == "dynamic":
+        return "it rounds no activations to FP8 on a CPU"
+    if spec.kv_cache is not None:
+        return "it caches keys and values as they are"
     try:
-        export_config(spec)
+        export_config(spec.model_copy(update={"quantization": None}))
     except SpecError as error:
         return "; ".join(diagnostic.message for diagnostic in error.diagnostics)
     return None

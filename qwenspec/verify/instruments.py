@@ -56,7 +56,8 @@ def _called(package: ModuleType) -> Iterator[tuple[ModuleType, str]]:
     """Functions of the package's kernels/ where its other modules have them."""
     for module in (_part(package, "layers"), _part(package, "model")):
         for name, value in vars(module).items():
-            if callable(value) and getattr(value, "__module__", "").startswith(f"{package.__name__}.kernels."):
+            ours = getattr(value, "__module__", "").startswith(f"{package.__name__}.kernels.")
+            if ours and callable(value) and not isinstance(value, type):  # a quantised matrix is a class
                 yield module, name
 
 

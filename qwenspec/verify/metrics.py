@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from qwenspec.verify.bisect import ROUNDING
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Rounded
 
 Rows = npt.NDArray[np.floating[Any]]
 TOP_K = 5
@@ -137,6 +138,13 @@ class Entry(_Model):
     measured: Annotated[str, Field(min_length=20)]
 
 
+class RoundedEntry(Entry):
+    """… of a rounding that a spec asks for."""
+
+    unit: Annotated[float, Field(gt=0, allow_inf_nan=False)]  # what it makes at most, relative
+    layer: Annotated[tuple[str, ...], Field(min_length=1)]  # what each layer rounds so
+
+
 class Tolerances(_Model):
     """tolerances.yaml."""
 
@@ -144,6 +152,7 @@ class Tolerances(_Model):
     outside: Annotated[tuple[str, ...], Field(min_length=1)]  # what is rounded once
     bounds: dict[Kind, dict[Dtype, Entry]]
     head: Entry  # of the rounding in a head that has a narrower dtype of its own
+    rounded: dict[Rounded, RoundedEntry]  # what specs round so coarsely that two computations may do it differently
 
     def depth(self, layers: int) -> int:
         """Roundings one after the other, from the tokens to the logits."""
@@ -156,16 +165,25 @@ def tolerances() -> Tolerances:
     return Tolerances.model_validate(yaml.safe_load(TOLERANCES.read_text(encoding="utf-8")))
 
 
-def bound(dtype: str, layers: int, pair: tuple[str, str], head_dtype: str | None = None) -> float:
+def bound(
+    dtype: str,
+    layers: int,
+    pair: tuple[str, str],
+    head_dtype: str | None = None,
+    rounded: Sequence[Rounded] = (),
+) -> float:
     """The largest `Comparison.error` that rounding explains, for a contender and what it is compared with.
 
     k · u · √(roundings in depth), with k from tolerances.yaml, and u what one rounding to `dtype` makes at most.
-    `head_dtype`: the LM head's own; one narrower than `dtype` rounds the last hidden state once more."""
+    `head_dtype`: the LM head's own; one narrower than `dtype` rounds the last hidden state once more. `rounded`: what
+    the spec itself rounds."""
     entries = tolerances().bounds[_kind(pair)]
     assert dtype in entries, f"{pair} is not compared in {dtype}"
     unit, depth = ROUNDING[dtype], tolerances().depth(layers)
     narrower = ROUNDING[head_dtype] if head_dtype and ROUNDING[head_dtype] > unit else 0.0
-    return entries[dtype].k * unit * math.sqrt(depth) + tolerances().head.k * narrower
+    coarse = [tolerances().rounded[what] for what in rounded]
+    flips = sum(entry.k * entry.unit * math.sqrt(len(entry.layer) * layers) for entry in coarse)
+    return entries[dtype].k * unit * math.sqrt(depth) + tolerances().head.k * narrower + flips
 
 
 def _kind(pair: tuple[str, str]) -> Kind:

@@ -22,8 +22,9 @@ from qwenspec.spec.document import Spec
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
 from qwenspec.verify.checkpoint import StoredTensors
 from qwenspec.verify.contenders import Contender, PackageContender, ReferenceContender
+from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.instruments import counting
-from qwenspec.verify.weights import random_weights, save_checkpoint
+from qwenspec.verify.weights import save_checkpoint, stored_weights
 
 
 def open_contenders(case: Case) -> dict[str, Contender]:
@@ -39,7 +40,10 @@ def _open(name: str, case: Case) -> Contender:
     if name == HUGGING_FACE:
         from qwenspec.verify.huggingface import HuggingFaceContender
 
-        return HuggingFaceContender(case.spec, _folder_of(case, "float32"))
+        plain = case.spec.quantization is None
+        return HuggingFaceContender(
+            case.spec, _folder_of(case, "float32") if plain else _dequantized(case.spec, case.seed)
+        )
     runner, kernels = _runner(case.spec, name, _folder_of(case, case.dtype), case.device, case.dtype)
     return PackageContender(name, runner, case.sizes, kernels)
 
@@ -49,7 +53,10 @@ def _folder_of(case: Case, dtype: str) -> Path:
 
 
 def _weights(case: Case) -> Mapping[str, npt.NDArray[Any]]:
-    return random_weights(case.spec, case.seed) if case.weights is None else StoredTensors(case.weights)
+    """As the reference reads them."""
+    if case.weights is None:
+        return dict(Dequantized(case.spec, stored_weights(case.spec, case.seed)))
+    return Dequantized(case.spec, StoredTensors(case.weights))
 
 
 # Examples that are made smaller, and workloads on one spec, open the same packages again and again.
@@ -71,7 +78,16 @@ def _package(spec: Spec, backend: str) -> Path:
 @functools.lru_cache(maxsize=64)
 def _checkpoint(spec: Spec, seed: int, dtype: str) -> Path:
     folder = Path(tempfile.mkdtemp(dir=_folder()))
-    save_checkpoint(spec, random_weights(spec, seed), folder, dtype)
+    save_checkpoint(spec, stored_weights(spec, seed), folder, dtype)
+    return folder
+
+
+@functools.lru_cache(maxsize=64)
+def _dequantized(spec: Spec, seed: int) -> Path:
+    """The random weights in float32, and no word of quantisation."""
+    folder = Path(tempfile.mkdtemp(dir=_folder()))
+    weights = Dequantized(spec, stored_weights(spec, seed))
+    save_checkpoint(spec.model_copy(update={"quantization": None}), weights, folder, "float32")
     return folder
 
 

@@ -65,7 +65,7 @@ def _sizes(spec: Spec) -> Iterator[tuple[Tree, int]]:
                 "hidden_size": _hidden(arch, arch.num_attention_heads * head_dim, heads * kept_dim, unit),
                 "num_attention_heads": heads,
                 "num_key_value_heads": None if arch.num_key_value_heads is None else fewer,
-                "intermediate_size": _multiple(min(arch.intermediate_size, INTERMEDIATE), unit),
+                "intermediate_size": _like(arch.intermediate_size, min(arch.intermediate_size, INTERMEDIATE), unit),
             }
             yield sizes, kept_dim
 
@@ -78,20 +78,24 @@ def _smaller_group(group: int, width: int) -> int:
 
 def _hidden(arch: Architecture, width: int, new_width: int, unit: int) -> int:
     """A hidden size that is to the new width of all heads (equal, less or more) as it was to the old one."""
-    size = _multiple(min(arch.hidden_size, HIDDEN), unit)
-    if arch.hidden_size == width:
+    old = arch.hidden_size
+    size = _like(old, min(old, HIDDEN), unit)
+    if old == width:
         return new_width
-    if arch.hidden_size > width:
-        return max(size, _multiple(new_width + 1, unit))
-    return min(size, max(1, (new_width - 1) // unit) * unit)
+    if old > width:
+        return max(size, _like(old, new_width + 1, unit))
+    below = new_width - 1 - (new_width - 1 - old) % unit
+    return min(size, below if below > 0 else unit)
 
 
-def _multiple(size: int, unit: int) -> int:
-    return -(-size // unit) * unit
+def _like(size: int, least: int, unit: int) -> int:
+    """The smallest size from `least` on that has as much more than whole units as `size` has: a last group or block
+    that has fewer stays one."""
+    return least + (size - least) % unit
 
 
 def _unit(spec: Spec) -> int:
-    """What sizes must be multiples of."""
+    """What groups and blocks of weights divide, and words."""
     match spec.quantization:
         case Fp8Block(block=block):
             return math.lcm(*block)

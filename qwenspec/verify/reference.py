@@ -1,7 +1,8 @@
 """The float64 reference: a decoder written from the formulas, slow and plain. It reads the spec, not the IR,
 and shares nothing with `qwenspec.ir`, so a mistake in `lower` cannot hide.
 
-The dtypes that a spec names (`dtype`, `lm_head.dtype`, `rope.compute_dtype`) round; nothing is rounded here.
+The dtypes that a spec names (`dtype`, `lm_head.dtype`, `rope.compute_dtype`) round; nothing is rounded here, but for
+the inputs of linear layers and the keys and values whose quantisation says so.
 """
 
 from __future__ import annotations
@@ -15,16 +16,21 @@ import numpy.typing as npt
 
 from qwenspec.spec.attention import LayersFrom, SlidingWindow
 from qwenspec.spec.document import Spec
+from qwenspec.spec.kv_cache import Fp8KvCache
 from qwenspec.spec.mlp import Activation
 from qwenspec.spec.norm import Norm
+from qwenspec.spec.quantization import Fp8Block
 from qwenspec.spec.rope import DynamicQwen1
+from qwenspec.verify.dequantize import quantized_matrices, rounded_activations
+from qwenspec.verify.reference_kv import cached
 from qwenspec.verify.reference_rope import Array, attention_factor, inverse_frequencies, rotate
 
 Ids = Sequence[int] | npt.NDArray[np.integer[Any]]
 
 
 class Reference:
-    """A spec with weights. `weights` maps checkpoint names, as the spec's layout gives them, to arrays.
+    """A spec with weights. `weights` maps checkpoint names, as the spec's layout gives them, to arrays; those of a
+    quantised checkpoint are read through `qwenspec.verify.dequantize.Dequantized`.
 
     Raises KeyError for a missing tensor and ValueError for a mis-shaped one, at the first forward."""
 
@@ -36,6 +42,10 @@ class Reference:
         self.kv_heads = a.num_key_value_heads or a.num_attention_heads
         self.head_dim = a.attention.head_dim or a.hidden_size // a.num_attention_heads
         self.rotary_dim = int(self.head_dim * a.rope.partial_rotary_factor)
+        quantization = spec.quantization
+        rounds = isinstance(quantization, Fp8Block) and quantization.activations == "dynamic"
+        # Modules whose inputs are rounded, with how many of them share a scale.
+        self._groups = {m: stored.group_size for m, stored in quantized_matrices(spec).items() if rounds}
 
     def sequence(self, prompt_length: int | None = None) -> TokenSequence:
         """An empty sequence. `prompt_length` matters to the length-dependent RoPE scalings alone, when the
@@ -64,6 +74,10 @@ class Reference:
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}, the spec says {shape}")
         return value
+
+    def rounded(self, x: Array, module: str) -> Array:
+        """A module's input: rounded, if the module is quantised and rounds its activations."""
+        return rounded_activations(x, self._groups[module]) if module in self._groups else x
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> list[Array]:
         """Tensors of rows[i] rows each: the named ones, or the blocks of the only one named."""
@@ -159,6 +173,9 @@ class TokenSequence:
         k = rotate(k, positions, frequencies, factor)
         if attention.logn is not None:
             q = q * logn(positions, attention.logn.train_length)[:, None, None]
+        if model.spec.kv_cache is not None:
+            k = cached(k, model.spec.kv_cache, self._kv_scale(f"{prefix}.{names.kv_scales}.k_scale"))
+            v = cached(v, model.spec.kv_cache, self._kv_scale(f"{prefix}.{names.kv_scales}.v_scale"))
         self._tap(f"{name}.q", q)
         self._tap(f"{name}.k", k)
 
@@ -176,6 +193,12 @@ class TokenSequence:
         self._tap(f"{name}.o_proj", out)
         return self._tap(name, out)
 
+    def _kv_scale(self, tensor: str) -> float | None:
+        """The checkpoint's scale, where the cache is to have it."""
+        kv_cache = self.model.spec.kv_cache
+        stored = isinstance(kv_cache, Fp8KvCache) and kv_cache.scales == "checkpoint"
+        return float(np.asarray(self.model.weights[tensor], np.float64).reshape(())) if stored else None
+
     def _mlp(self, i: int, x: Array) -> Array:
         arch, layout = self.model.spec.architecture, self.model.spec.layout
         name, prefix = f"layers.{i}.mlp", layout.layer.format(i=i)
@@ -190,10 +213,12 @@ class TokenSequence:
     def _linear(self, x: Array, modules: Sequence[str], rows: Sequence[int], bias: bool) -> list[Array]:
         """x Wᵀ + b for each block of rows."""
         weights = self.model.stacked([f"{m}.weight" for m in modules], rows, x.shape[-1])
+        inputs = [self.model.rounded(x, m) for m in modules] * (len(rows) // len(modules))
+        products = [x @ w.T for x, w in zip(inputs, weights, strict=True)]
         if not bias:
-            return [x @ w.T for w in weights]
+            return products
         biases = self.model.stacked([f"{m}.bias" for m in modules], rows)
-        return [x @ w.T + b for w, b in zip(weights, biases, strict=True)]
+        return [y + b for y, b in zip(products, biases, strict=True)]
 
     def _norm(self, address: str, x: Array, module: str) -> Array:
         weight = self.model.tensor(f"{module}.weight", x.shape[-1])

@@ -93,7 +93,8 @@ class Session:
     def _compare(self, outputs: Mapping[str, Rows]) -> None:
         case = self.case
         for pair in self.pairs:
-            limit = bound(case.dtype, case.spec.architecture.num_hidden_layers, pair, case.head_dtype)
+            layers = case.spec.architecture.num_hidden_layers
+            limit = bound(case.dtype, layers, pair, case.head_dtype, case.rounded)
             found = compare(outputs[pair[0]], outputs[pair[1]], limit)
             self.ledger.compared(pair, case.dtype, found, outputs)
             if found.verdict is Verdict.FAIL:

@@ -17,6 +17,7 @@ from qwenspec import tree
 from qwenspec.diagnostics import Location, SpecError
 from qwenspec.spec.check import check
 from qwenspec.spec.document import Spec
+from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.steps import CacheSizes
 
 Draw = Callable[..., Any]
@@ -38,17 +39,27 @@ def specs(
     max_layers: int = 3,
     dtypes: Sequence[str] = DTYPES,
     scalings: Sequence[str | None] | None = None,
+    quantizations: Sequence[str | None] = (None,),
+    kv_caches: Sequence[str | None] = (None,),
     hugging_face: bool = False,
 ) -> Spec:
-    """Valid specs. `dtypes` and `scalings` (keys of SCALINGS, None for none): what `dtype` and `rope.scaling` are drawn
-    from. `hugging_face`: only what its configs can say.
+    """Valid specs. `dtypes`, `scalings` (keys of SCALINGS, None for none), `quantizations` (of QUANTIZATIONS) and
+    `kv_caches` (of KV_CACHES): what `dtype`, `rope.scaling`, `quantization` and `kv_cache` are drawn from.
+    `hugging_face`: only what its configs can say.
 
     Of one run's examples most are mutations of the one before, from the eleventh on: for many different specs, make
     many short runs, such as one for each scaling and dtype."""
     if scalings is None:
         known = tuple(kind for kind in SCALINGS if not hugging_face or kind not in _NOT_IN_HUGGING_FACE)
         scalings = (None, None, *known, "yarn", "longrope")  # the last two have many options
-    return spec_of(_architecture(draw, max_layers, dtypes, scalings, hugging_face))
+    scheme = draw(st.sampled_from(quantizations))
+    quantization = None if scheme is None else {"scheme": scheme, **QUANTIZATIONS[scheme](draw)}
+    architecture = _architecture(draw, max_layers, dtypes, scalings, hugging_face, _unit(quantization))
+    kind = draw(st.sampled_from(kv_caches))
+    kv_cache = None if kind is None else KV_CACHES[kind]
+    spec = spec_of(architecture, quantization, kv_cache)
+    skip = draw(_skipped(spec)) if quantization else []
+    return spec_of(architecture, {**(quantization or {}), "skip": skip}, kv_cache) if skip else spec
 
 
 def cache_sizes() -> st.SearchStrategy[CacheSizes]:
@@ -67,9 +78,13 @@ def _down_to(least: int, most: int) -> st.SearchStrategy[int]:
     return st.integers(0, most - least).map(lambda below: most - below)
 
 
-def spec_of(architecture: Mapping[str, Any]) -> Spec:
-    """The spec of a plain tree, by the checks that a file goes through. Raises SpecError for its mistakes."""
-    document = {"schema_version": 1, "architecture": architecture}
+def spec_of(
+    architecture: Mapping[str, Any],
+    quantization: Mapping[str, Any] | None = None,
+    kv_cache: Mapping[str, Any] | None = None,
+) -> Spec:
+    """The spec of plain trees, by the checks that a file goes through. Raises SpecError for their mistakes."""
+    document = {"schema_version": 1, "architecture": architecture, "quantization": quantization, "kv_cache": kv_cache}
     node = _node(document)
     assert isinstance(node, tree.Mapping)
     spec, findings = check(node, "drawn", "drawn", "A drawn spec.", "")
@@ -96,11 +111,17 @@ def _node(value: Any) -> tree.Node:
 
 
 def _architecture(
-    draw: Draw, max_layers: int, dtypes: Sequence[str], scalings: Sequence[str | None], hugging_face: bool
+    draw: Draw,
+    max_layers: int,
+    dtypes: Sequence[str],
+    scalings: Sequence[str | None],
+    hugging_face: bool,
+    unit: int,
 ) -> Tree:
+    """`unit`: what the sizes of matrices are multiples of."""
     layers = draw(st.integers(1, max_layers))
     kind = draw(st.sampled_from(scalings))
-    sizes, head_dim = _sizes(draw)
+    sizes, head_dim = _sizes(draw, unit)
     partial = draw(_HALF) and not hugging_face
     pairs = draw(st.integers(2 if kind in _NEED_TWO_PAIRS else 1, head_dim // 2)) if partial else head_dim // 2
     scaling, max_position = _scaling(draw, kind, pairs)
@@ -133,22 +154,26 @@ def _architecture(
     }
 
 
-def _sizes(draw: Draw) -> tuple[Tree, int]:
+def _sizes(draw: Draw, unit: int) -> tuple[Tree, int]:
     """Sizes of the matrices, and a head's width."""
+
+    def multiple(size: int) -> int:
+        return -(-size // unit) * unit
+
     kv_heads = draw(st.integers(1, 4))
     heads = kv_heads * draw(st.integers(1, min(4, MAX_HEADS // kv_heads)))
-    head_dim = 2 * draw(st.integers(2, 16))
+    head_dim = multiple(2 * draw(st.integers(2, 16)))
     null_kv_heads = draw(_HALF)
     write_kv_heads = kv_heads < heads or not null_kv_heads
     hidden = width = heads * head_dim
     if own_width := draw(st.sampled_from((True, True, False))):
-        hidden = draw(st.integers(8, 80).filter(lambda size: size != width))
+        hidden = draw(st.integers(8, 80).map(multiple).filter(lambda size: size != width))
     sizes = {
         "vocab_size": draw(st.integers(11, 130)),
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": kv_heads if write_kv_heads else None,
-        "intermediate_size": draw(st.integers(4, 90)) + (512 if draw(_EIGHTH) else 0),
+        "intermediate_size": multiple(draw(st.integers(4, 90)) + (512 if draw(_EIGHTH) else 0)),
         "attention": {"head_dim": head_dim if own_width or draw(_HALF) else None},
     }
     return sizes, head_dim
@@ -202,6 +227,7 @@ def _inline_layout(draw: Draw, qk_norm: bool) -> Tree:
         "attention": {
             "qkv": draw(st.sampled_from((["mixer.wqkv"], ["mixer.wq", "mixer.wk", "mixer.wv"]))),
             "o": "mixer.wo",
+            "kv_scales": "mixer.cache",
             **norms,
         },
         "post_attention_norm": "norm_2",
@@ -283,3 +309,74 @@ SCALINGS: dict[str, Callable[[Draw, int], Tree]] = {
 }
 _NEED_TWO_PAIRS = ("ntk", "dynamic", "dynamic_qwen1")
 _NOT_IN_HUGGING_FACE = ("ntk", "dynamic_qwen1")
+
+
+# ------------------------------------------------------------------------------------------------ quantisation
+
+
+def _fp8_block(draw: Draw) -> Tree:
+    height, width = draw(st.sampled_from((16, 32, 8, 20, 9))), draw(st.sampled_from((16, 32, 8, 20, 9)))
+    return {"block": [height, width], "activations": draw(st.sampled_from(("none", "dynamic")))}
+
+
+def _awq(draw: Draw) -> Tree:
+    return {"group_size": draw(st.sampled_from((16, 8, 32)))}
+
+
+def _gptq(draw: Draw) -> Tree:
+    return {
+        "bits": draw(st.sampled_from((4, 8))),
+        "group_size": draw(st.sampled_from((16, 8, 32, 20, 9, -1))),
+        "sym": not draw(_HALF),
+        "desc_act": draw(_HALF),
+        "checkpoint_format": draw(st.sampled_from(("gptq", "gptq_v2"))),
+    }
+
+
+def _int8(draw: Draw) -> Tree:
+    return {"head": draw(st.sampled_from(("none", "int8")))}
+
+
+def _int4(draw: Draw) -> Tree:
+    return {
+        "group_size": draw(st.sampled_from((16, 8, 32, 20, 9))),
+        "head": draw(st.sampled_from(("none", "int8", "int4"))),
+    }
+
+
+# Groups and blocks are small, so that small matrices have several, and the last one is often ragged.
+QUANTIZATIONS: dict[str, Callable[[Draw], Tree]] = {
+    "fp8_block": _fp8_block,
+    "awq": _awq,
+    "gptq": _gptq,
+    "int8": _int8,
+    "int4": _int4,
+}
+
+
+def _unit(quantization: Tree | None) -> int:
+    """What sizes must be multiples of: what a word packs, and AWQ's groups."""
+    match quantization:
+        case {"scheme": "awq", "group_size": size}:
+            return math.lcm(8, size)
+        case {"scheme": "gptq", "bits": bits}:
+            return 32 // int(bits)
+        case _:
+            return 1
+
+
+def _skipped(spec: Spec) -> st.SearchStrategy[list[str]]:
+    """Some of the quantised modules, but not all; one of them at most in two of three."""
+    names = list(quantized_matrices(spec))
+
+    def some(most: int) -> st.SearchStrategy[list[str]]:
+        return st.lists(st.sampled_from(names), max_size=min(most, len(names) - 1), unique=True)
+
+    return st.sampled_from((0, 1, 4)).flatmap(some)
+
+
+KV_CACHES: dict[str, Tree] = {
+    "int8": {"dtype": "int8"},
+    "fp8": {"dtype": "fp8_e4m3"},
+    "fp8, stored scales": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+}

@@ -132,6 +132,8 @@ def _entrants(request: Request) -> Iterator[Entrant]:
         reason = "it computes in float32, and these are other dtypes"
     if reason is None and request.weights is not None and not (request.weights / "config.json").exists():
         reason = f"there is no config.json in {request.weights}"
+    if reason is None and request.weights is not None and request.spec.quantization is not None:
+        reason = "it would need the checkpoint's weights in full precision"
     yield Entrant(HUGGING_FACE, "transformers, float32, without a cache", reason or "")
 
 
@@ -140,7 +142,7 @@ def _problem(name: str, request: Request) -> Diagnostic | None:
     backend = find(name)
     if reason := backend.unavailable():
         return reason
-    if unsupported := backend.unsupported(lower(request.spec), request.spec.quantization):
+    if unsupported := backend.unsupported(lower(request.spec)):
         return unsupported[0]
     devices = [device.split()[0] for device in backend.devices()]
     if request.device not in devices and f"{request.device}:0" not in devices:
@@ -299,6 +301,7 @@ def _module_by_module(request: Request, dtype: str, contenders: Sequence[str], r
             reason = f"{name}, module by module in {dtype}: {type(error).__name__}: {error}"
             result.failures.append(Failure(reason))
     for name in (name for name in packages if name in taps):
-        limit = bound(dtype, spec.architecture.num_hidden_layers, (name, REFERENCE), case.head_dtype)
+        layers = spec.architecture.num_hidden_layers
+        limit = bound(dtype, layers, (name, REFERENCE), case.head_dtype, case.rounded)
         points = tuple((module.address, module.error) for module in module_errors(taps[name], taps[REFERENCE]))
         result.by_layer.append(Curve(name, dtype, limit, points))

@@ -24,14 +24,19 @@ import numpy.typing as npt
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf.exporter import export_config
 from qwenspec.spec.document import Spec
+from qwenspec.spec.kv_cache import Fp8KvCache
+from qwenspec.spec.quantization import Awq, Gptq, Int4
+from qwenspec.verify.dequantize import quantized_matrices
+from qwenspec.verify.quantize import quantized
 
 Float32 = npt.NDArray[np.float32]
 Noise = Callable[..., Float32]  # shape -> normal noise
 
 GAIN = {"q": 1.0, "k": 1.5, "v": 0.5, "o": 0.8, "gate": 1.5, "up": 0.6, "down": 0.8, "head": 1.0}
+# Where weights are quantised, parts that may lie in one matrix are more than 100 times apart, for their scales to show;
+# the products that count stay as they are.
+APART = {"q": 16.0, "k": 1 / 16, "v": 1 / 16, "o": 16.0, "up": 1 / 64, "down": 64.0}
 BIAS = 0.4  # of the matrix's gain
-OUTLIER = 40.0  # a channel of the embedding, and one that `down` reads
-ROW = 10.0  # a row of v, and one of up
 _SMALLEST = 2.0**-14  # float16's smallest normal number: from there on it holds what bfloat16 does
 
 
@@ -43,11 +48,17 @@ def random_weights(spec: Spec, seed: int) -> dict[str, Float32]:
     return {tensor.name: _exact(tensor.values(seed)) for tensor in _tensors(spec)}
 
 
+def stored_weights(spec: Spec, seed: int) -> dict[str, npt.NDArray[Any]]:
+    """The random weights as a checkpoint has them: quantised where the spec says so."""
+    return quantized(spec, random_weights(spec, seed), seed)
+
+
 def save_checkpoint(
     spec: Spec, weights: Mapping[str, npt.NDArray[Any]], folder: Path, dtype: str, shards: int = 1
 ) -> None:
     """Write `shards` safetensors files in `dtype`, with an index when there are several, and config.json if Hugging
-    Face has a model like the spec. The folder is made if it is not there."""
+    Face has a model like the spec. The folder is made if it is not there. What quantised modules store keeps the dtype
+    that it has."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     files = files if shards > 1 else ["model.safetensors"]
@@ -73,16 +84,30 @@ def _write_safetensors(tensors: Mapping[str, npt.NDArray[Any]], file: Path, dtyp
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data, start = [], 0
     for name, values in tensors.items():
-        data.append((to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)).tobytes())
+        own = values.dtype.name not in ("float32", "float64") or name.endswith((".scales", ".weight_scale_inv"))
+        kept = values.dtype.name if own else dtype
+        data.append((values if own else _in_dtype(values, dtype)).tobytes())
         end = start + len(data[-1])
-        header[name] = {"dtype": _STORED_AS[dtype], "shape": list(values.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": _STORED_AS[kept], "shape": list(values.shape), "data_offsets": [start, end]}
         start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8
     file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(data))
 
 
-_STORED_AS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+def _in_dtype(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
+    return to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)
+
+
+_STORED_AS = {
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "int32": "I32",
+    "int8": "I8",
+    "uint8": "U8",
+}
 
 
 # ------------------------------------------------------------------------------------------------ the tensors
@@ -105,6 +130,7 @@ class _Part:
 
     role: str
     rows: int
+    gain: float
     large_rows: tuple[tuple[int, float], ...] = ()
     large_columns: tuple[tuple[int, float], ...] = ()
 
@@ -123,22 +149,29 @@ def _tensors(spec: Spec) -> Iterator[_Tensor]:
     arch, layout = spec.architecture, spec.layout
     vocab, hidden, layers = arch.vocab_size, arch.hidden_size, arch.num_hidden_layers
     one_plus, names = arch.norm.weight == "one_plus", layout.attention
-    yield _Tensor(f"{layout.embedding}.weight", (("embedding", _maker(_embedding, vocab, hidden)),))
+    large = _outliers(spec)
+    yield _Tensor(f"{layout.embedding}.weight", (("embedding", _maker(_embedding, vocab, hidden, large.stream)),))
     for i in range(layers):
         name, address = layout.layer.format(i=i), f"layers.{i}"
-        yield _norm(f"{name}.{layout.input_norm}", f"{address}.input_norm", hidden, one_plus, _of_stream(2 * i))
+        yield _norm(f"{name}.{layout.input_norm}", f"{address}.input_norm", hidden, one_plus, _of_stream(large, 2 * i))
         if arch.attention.qk_norm == "per_head":
             yield _norm(f"{name}.{names.q_norm}", f"{address}.q_norm", head_dim(spec), one_plus)
             yield _norm(f"{name}.{names.k_norm}", f"{address}.k_norm", head_dim(spec), one_plus)
-        after = _of_stream(2 * i + 1)
+        after = _of_stream(large, 2 * i + 1)
         yield _norm(f"{name}.{layout.post_attention_norm}", f"{address}.post_attention_norm", hidden, one_plus, after)
         for linear in _linears(spec):
             yield from _of_linear(linear, name, address)
+        if isinstance(spec.kv_cache, Fp8KvCache) and spec.kv_cache.scales == "checkpoint":
+            for part in "kv":
+                make = _maker(_kv_scale, _gains(spec)[part])
+                yield _Tensor(f"{name}.{names.kv_scales}.{part}_scale", ((f"{address}.{part}_scale", make),))
     has_head = arch.embedding is None
-    last = _of_stream(2 * layers, tied_head=has_head and arch.tie_word_embeddings)
+    last = _of_stream(large, 2 * layers, tied_head=has_head and arch.tie_word_embeddings)
     yield _norm(layout.norm, "norm", hidden, one_plus, last)
     if has_head and not arch.tie_word_embeddings:
-        yield _Tensor(f"{layout.lm_head}.weight", (("head", _maker(_matrix, _Part("head", vocab), hidden)),))
+        yield _Tensor(
+            f"{layout.lm_head}.weight", (("head", _maker(_matrix, _Part("head", vocab, GAIN["head"]), hidden)),)
+        )
 
 
 def _linears(spec: Spec) -> tuple[_Linear, ...]:
@@ -149,16 +182,42 @@ def _linears(spec: Spec) -> tuple[_Linear, ...]:
     q, kv = heads * width, (kv_heads or heads) * width
     value, readers = _large_value(width, kv, heads * width // kv)
     large, small = min(5, inner - 1), _channel(inner)
-    v = _Part("v", kv, large_rows=((value, ROW),))
-    o = _Part("o", hidden, large_columns=tuple((column, 1 / ROW) for column in readers))
-    up = _Part("up", inner, large_rows=((large, ROW), (small, 1 / OUTLIER)))
-    down = _Part("down", hidden, large_columns=((large, 1 / ROW), (small, OUTLIER)))
+    outliers, gain = _outliers(spec), _gains(spec)
+    row, column = outliers.row, outliers.column
+    v = _Part("v", kv, gain["v"], large_rows=((value, row),))
+    o = _Part("o", hidden, gain["o"], large_columns=tuple((reader, 1 / row) for reader in readers))
+    up = _Part("up", inner, gain["up"], large_rows=((large, row), (small, 1 / column)))
+    down = _Part("down", hidden, gain["down"], large_columns=((large, 1 / row), (small, column)))
     return (
-        _Linear(attention.qkv, (_Part("q", q), _Part("k", kv), v), hidden, bias.qkv),
+        _Linear(attention.qkv, (_Part("q", q, gain["q"]), _Part("k", kv, gain["k"]), v), hidden, bias.qkv),
         _Linear((attention.o,), (o,), q, bias.output),
-        _Linear(mlp.gate_up, (_Part("gate", inner), up), hidden, arch.mlp.bias),
+        _Linear(mlp.gate_up, (_Part("gate", inner, gain["gate"]), up), hidden, arch.mlp.bias),
         _Linear((mlp.down,), (down,), inner, arch.mlp.bias),
     )
+
+
+def _gains(spec: Spec) -> dict[str, float]:
+    quantized = spec.quantization is not None
+    return {role: gain * APART.get(role, 1.0) if quantized else gain for role, gain in GAIN.items()}
+
+
+@dataclass(frozen=True)
+class _Outliers:
+    """How many times larger they are."""
+
+    stream: float  # a channel of the embedding
+    column: float  # one that `down` reads
+    row: float  # a row of v, and one of up
+
+
+def _outliers(spec: Spec) -> _Outliers:
+    """Where 4 bits hold a group of weights, one that is 40 times larger leaves nothing of the others."""
+    narrow = isinstance(spec.quantization, Awq | Int4) or (
+        isinstance(spec.quantization, Gptq) and spec.quantization.bits == 4
+    )
+    held = quantized_matrices(spec).get(spec.layout.embedding)
+    stream = 4.0 if held is not None and isinstance(held.scheme, Int4) else 40.0
+    return _Outliers(stream, 4.0, 3.0) if narrow else _Outliers(stream, 40.0, 10.0)
 
 
 def _large_value(width: int, rows: int, group: int) -> tuple[int, list[int]]:
@@ -195,15 +254,15 @@ def _norm(module: str, key: str, size: int, one_plus: bool, scale: Callable[[int
     return _Tensor(f"{module}.weight", ((key, values),))
 
 
-def _of_stream(sublayers: int, tied_head: bool = False) -> Callable[[int], Float32]:
+def _of_stream(outliers: _Outliers, sublayers: int, tied_head: bool = False) -> Callable[[int], Float32]:
     """For a norm after so many sublayers: the outlier is most of the root mean square of the residual stream, and what
     it takes from the other channels is given back to them; itself it is made as small as they are."""
 
     def scale(size: int) -> Float32:
         others = 1 + 0.5 * sublayers  # mean square; each sublayer adds about so much
-        weight = np.full(size, math.sqrt((OUTLIER**2 + (size - 1) * others) / size / others), np.float32)
+        weight = np.full(size, math.sqrt((outliers.stream**2 + (size - 1) * others) / size / others), np.float32)
         # A tied head is an embedding: its channel is an outlier too.
-        weight[_channel(size)] /= ROW * OUTLIER if tied_head else OUTLIER
+        weight[_channel(size)] /= outliers.stream * (10.0 if tied_head else 1.0)
         return weight
 
     return scale
@@ -226,17 +285,17 @@ def _channel(size: int) -> int:
     return min(3, size - 1)
 
 
-def _embedding(noise: Noise, vocab: int, hidden: int) -> Float32:
+def _embedding(noise: Noise, vocab: int, hidden: int, outlier: float) -> Float32:
     values, spread = noise(vocab, hidden), noise(vocab)
     # Always large, or some tokens would be all outlier and others have none.
     channel = _channel(hidden)
-    values[:, channel] = OUTLIER * np.sign(values[:, channel]) * np.exp(0.2 * spread)
+    values[:, channel] = outlier * np.sign(values[:, channel]) * np.exp(0.2 * spread)
     return values
 
 
 def _matrix(noise: Noise, part: _Part, columns: int) -> Float32:
     """[rows, columns] that keep a unit input's size, times the part's gain."""
-    values = noise(part.rows, columns) * np.float32(GAIN[part.role] / math.sqrt(columns))
+    values = noise(part.rows, columns) * np.float32(part.gain / math.sqrt(columns))
     for row, factor in part.large_rows:
         values[row] *= factor
     for column, factor in part.large_columns:
@@ -245,7 +304,13 @@ def _matrix(noise: Noise, part: _Part, columns: int) -> Float32:
 
 
 def _bias(noise: Noise, part: _Part) -> Float32:
-    return noise(part.rows) * np.float32(BIAS * GAIN[part.role])
+    return noise(part.rows) * np.float32(BIAS * part.gain)
+
+
+def _kv_scale(noise: Noise, gain: float) -> Float32:
+    """[1]: now and then a key or a value is larger than 448 times it."""
+    scale: Float32 = np.exp(0.3 * noise(1)) * np.float32(0.01 * gain)
+    return scale
 
 
 def _exact(values: Float32) -> Float32:

@@ -18,18 +18,23 @@ from hf_parity.cases import QWEN1_LONG, scaling
 from hf_parity.oracle import QWEN1, QWEN3, Oracle, some_ids, tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
+from qwenspec.spec.document import Spec
 
 CHANGES = {
     "qwen3": [QWEN3],
     "qwen1-long": [QWEN1, QWEN1_LONG],
     "dynamic": [QWEN3, scaling("dynamic", factor=2.0), {"max_position_embeddings": 16}],
     "sliding": [QWEN3, {"attention": {"sliding_window": {"window": 6, "layers": [1]}}}],
+    "quantized-kv": [QWEN3],
 }
 
 
 @pytest.fixture(params=CHANGES)
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    oracle = Oracle(tiny_spec(*CHANGES[request.param]))
+    spec = tiny_spec(*CHANGES[request.param])
+    if request.param == "quantized-kv":
+        spec = Spec.model_validate(spec.model_dump(by_alias=True) | {"kv_cache": {"dtype": "fp8_e4m3"}})
+    oracle = Oracle(spec)
     module = import_package(emit(oracle.spec, "triton", tmp_path))
     model = module.Model.load(oracle.save(tmp_path / "weights"))
     model.oracle, model.package = oracle, module
@@ -72,6 +77,11 @@ def stand_in_for_capture(package: ModuleType, replays: list[tuple[int, int]], mo
     monkeypatch.setattr(graphs.DecodeGraph, "__init__", build_and_arm)
 
 
+def cached_tensors(cache: Any) -> list[torch.Tensor]:
+    """Pages, and their scales where they are quantised."""
+    return [tensor for tensor in vars(cache).values() if isinstance(tensor, torch.Tensor)]
+
+
 @torch.inference_mode()
 def test_replays_are_the_eager_step(
     model: Any, replays: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
@@ -96,8 +106,8 @@ def test_replays_are_the_eager_step(
         actual = captured.graphs(embeds, captured.open_batch(len(batch)), captured)
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
-    for cache in caches:
-        cache.pages.fill_(torch.nan)
+    for tensor in (tensor for cache in caches for tensor in cached_tensors(cache)):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 127)
     for sequence, length in enumerate((5, 29, 30, 9)):
         prefill(sequence, length)
     for batch in ([0, 1, 2, 3], [1], [2, 0, 3], [0, 1, 2, 3], [1, 2], [0]):
@@ -109,7 +119,8 @@ def test_replays_are_the_eager_step(
         decode(batch)
 
     # Keys and values went where the eager step put them, and nowhere else.
-    torch.testing.assert_close(captured.pages, eager.pages, equal_nan=True)
+    for actual, expected in zip(cached_tensors(captured), cached_tensors(eager), strict=True):
+        torch.testing.assert_close(actual, expected, equal_nan=True)
     assert len(replays) == 9
     assert {size for size, _ in replays} == {1, 2, 4}
     assert {width for _, width in replays} == {16, 32}

@@ -39,7 +39,7 @@ hypothesis.settings.register_profile(
 )
 
 # TRITON_INTERPRET=1 decides for the whole process, and is for these files.
-_INTERPRETED = ("test_edges.py", "test_interpreter.py", "test_long.py")
+_INTERPRETED = ("test_edges.py", "test_interpreter.py", "test_kv_cache.py", "test_long.py", "test_quantized.py")
 if os.environ.get("TRITON_INTERPRET") == "1":
     import triton_interpreter  # noqa: F401  (repairs it)
 

@@ -210,8 +210,8 @@ TVM_MUTANTS = (
     Mutant(
         "tvm_gemv_last_inputs",
         GEMM,
-        "for k in range(parts * part, sizes.inputs):",
-        "for k in range(sizes.inputs, sizes.inputs):",
+        "in product(range(sizes.group), range(parts * part, inputs)):",
+        "in product(range(sizes.group), range(inputs, inputs)):",
         "shows where inputs do not divide by 4, in decode (vllm#48271)",
     ),
     Mutant(
@@ -224,8 +224,8 @@ TVM_MUTANTS = (
     Mutant(
         "tvm_bias_of_the_first_panel",
         GEMM,
-        "value(j) + _float32(bias[first + j])",
-        "value(j) + _float32(bias[j])",
+        "value(j) + float32(bias[first + j])",
+        "value(j) + float32(bias[j])",
         "shows beyond the first panel's outputs",
     ),
 )

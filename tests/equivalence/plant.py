@@ -27,6 +27,8 @@ from pathlib import Path
 import pytest
 from mutant import ROOT, TVM, Mutant
 from mutants import MUTANTS
+from mutants_quantized import QUANTIZED_MUTANTS
+from mutants_quantized_kernels import QUANTIZED_KERNELS
 
 KEPT = ROOT / "build/mutants.json"
 COPIED = ("qwenspec", "backends", "tests", "pyproject.toml")
@@ -38,11 +40,13 @@ TIME_LIMIT = 1200  # seconds of a stage
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
-WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "machines")]
+WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "quantized", "machines")]
+LOADING, QUANTIZED, FEATURES = ([f"{TESTS}/test_{name}.py"] for name in ("quantized_loading", "quantized", "features"))
 PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
 TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
 WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]
-INTERPRETER = ["-m", "interpreter", *(f"{TESTS}/test_{name}.py" for name in ("edges", "long", "interpreter"))]
+OF_KERNELS = ("edges", "long", "interpreter", "quantized")
+INTERPRETER = ["-m", "interpreter", *(f"{TESTS}/test_{name}.py" for name in OF_KERNELS)]
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def stages(mutant: Mutant | None) -> list[list[str]]:
     """The parts of the suite that can notice a mistake, each a process's arguments."""
+    if mutant in QUANTIZED_MUTANTS:
+        return [LOADING, PROPERTIES, TRITON_ALONE, WITH_TVM]
+    if mutant is not None and mutant in QUANTIZED_KERNELS:
+        if mutant.interpreted:
+            return [["-m", "interpreter", *QUANTIZED]]
+        backend = "tvm" if mutant.file.startswith(TVM) else "triton"
+        return [[*QUANTIZED, "-k", backend], [*QUANTIZED, *FEATURES, "-k", f"not {backend}"]]
     if mutant is None or mutant.file.startswith("qwenspec/ir/"):
         return [PROPERTIES, TRITON_ALONE, WITH_TVM, INTERPRETER]
     if mutant.interpreted:

@@ -34,7 +34,7 @@ LENGTHS = {
 }
 
 
-def spec(scaling: dict[str, Any] | None = None, window: Any = None) -> Spec:
+def spec(scaling: dict[str, Any] | None = None, window: Any = None, kv_cache: Any = None) -> Spec:
     return spec_of(
         {
             "vocab_size": 50,
@@ -48,7 +48,8 @@ def spec(scaling: dict[str, Any] | None = None, window: Any = None) -> Spec:
             "norm": {"eps": 1e-6},
             "attention": {"head_dim": 4, "sliding_window": window},
             "rope": {"theta": 100.0, "scaling": scaling},
-        }
+        },
+        kv_cache=kv_cache,
     )
 
 

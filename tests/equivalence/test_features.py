@@ -133,8 +133,50 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
 }
 
+PACKED = {"intermediate_size": 24}  # of which words are full
+GPTQ = {"scheme": "gptq", "bits": 4, "group_size": 16}
+
+# What differs from BASE, and the quantisation.
+QUANTIZED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fp8": ({}, {"scheme": "fp8_block", "block": [12, 12], "skip": ["model.layers.0.self_attn.o_proj"]}),
+    "fp8, weights alone": (
+        {"tie_word_embeddings": True},
+        {
+            "scheme": "fp8_block",
+            "block": [8, 16],
+            "activations": "none",
+            "skip": ["model.layers.1.self_attn.k_proj"],
+        },
+    ),
+    "awq": (PACKED | {"attention": {"bias": {"qkv": True}}}, {"scheme": "awq", "group_size": 8}),
+    "gptq": (PACKED | {"mlp": {"bias": True}}, GPTQ),
+    "gptq_v2": (PACKED, GPTQ | {"bits": 8, "group_size": -1, "sym": False, "checkpoint_format": "gptq_v2"}),
+    "gptq, ordered": (
+        PACKED | {"checkpoint": {"layout": FUSED}},
+        GPTQ | {"group_size": 12, "sym": False, "desc_act": True},
+    ),
+    "gptq, parts ordered": (PACKED, GPTQ | {"desc_act": True}),
+    "int8": ({}, {"scheme": "int8"}),
+    "int8, tied": ({"tie_word_embeddings": True}, {"scheme": "int8"}),
+    "int8, not the head": ({"tie_word_embeddings": True}, {"scheme": "int8", "head": "none"}),
+    "int4": ({}, {"scheme": "int4", "group_size": 8, "head": "none"}),
+    "int4, head of int8": ({"tie_word_embeddings": True}, {"scheme": "int4", "group_size": 16}),
+    "int4, tied": ({"tie_word_embeddings": True}, {"scheme": "int4", "group_size": 12, "head": "int4"}),
+}
+
+
+# And the KV cache of some of them.
+CACHED: dict[str, dict[str, Any]] = {
+    "gptq": {"dtype": "fp8_e4m3"},
+    "int8": {"dtype": "int8"},
+    "int4": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+}
+
 
 def spec(name: str) -> Spec:
+    if name in QUANTIZED:
+        changes, quantization = QUANTIZED[name]
+        return spec_of(BASE | changes, quantization, CACHED.get(name))
     return spec_of(BASE | CHANGES[name])
 
 
@@ -159,11 +201,11 @@ def steps() -> Iterator[Step]:
     yield Restart(SIZES)
 
 
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize("name", [*CHANGES, *QUANTIZED])
 def test_all_backends(name: str, follow: Callable[..., None]) -> None:
     follow(Case(spec(name), 6, "float32", SIZES, ("reference", "triton", "tvm")), steps())
 
 
 def test_no_feature_is_missing() -> None:
-    absent = schema_features().difference(*(features(spec(name)) for name in CHANGES))
+    absent = schema_features().difference(*(features(spec(name)) for name in (*CHANGES, *QUANTIZED)))
     assert not absent, f"no spec has {', '.join(sorted(absent))}"

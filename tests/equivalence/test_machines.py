@@ -49,4 +49,4 @@ def sliding(spec: Spec) -> Spec:
     """The spec with a window in every layer."""
     architecture = spec.architecture.model_dump(mode="json", by_alias=True)
     architecture["attention"]["sliding_window"] = {"window": 3 + spec.architecture.vocab_size % 9, "layers": "all"}
-    return spec_of(architecture)
+    return spec.model_copy(update={"architecture": spec_of(architecture).architecture})

@@ -18,13 +18,18 @@ from benchmarks.packages import hugging_face, open_package, random_model, recast
 from gpu.report import Report
 
 PAGE_SIZE = 16
+CHECKS = ("kernel_checks", "kv_checks", "quantized_checks")  # in tests/backends/kernels
 ALLOWED = 1.5  # times the error of Hugging Face in the same dtype
 
 
 def kernels(report: Report, device: torch.device) -> None:
     """Every kernel against a float64 oracle: all its cases, whatever fails."""
     report.table("kernels against a float64 oracle", "kernel", "cases", "result")
-    module = importlib.import_module("kernel_checks")
+    for name in CHECKS:
+        _check_all(report, device, importlib.import_module(name))
+
+
+def _check_all(report: Report, device: torch.device, module: ModuleType) -> None:
     checks = {name: check for name, check in vars(module).items() if name.startswith("check_") and name != "check_all"}
     problems: dict[str, list[str]] = {name: [] for name in checks}
 

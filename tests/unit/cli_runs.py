@@ -57,6 +57,19 @@ def process(*arguments: str | Path, **environment: str) -> subprocess.CompletedP
     )
 
 
+def on_terminal(*arguments: str, **environment: str) -> str:
+    """What a terminal receives of stderr."""
+    import pty
+
+    leader, follower = pty.openpty()
+    clean = {k: v for k, v in os.environ.items() if k != "NO_COLOR"}
+    command = [sys.executable, "-m", "qwenspec", *arguments]
+    subprocess.run(command, stdout=subprocess.DEVNULL, stderr=follower, env=clean | environment, check=False)
+    os.close(follower)
+    with os.fdopen(leader, "rb") as stream:
+        return stream.read1(1 << 16).decode()
+
+
 def data(result: Result | subprocess.CompletedProcess[str]) -> object:
     """stdout, which has to be one JSON document."""
     return json.loads(result.stdout)

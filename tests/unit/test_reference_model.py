@@ -15,8 +15,8 @@ import qwenspec.spec
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.document import Spec
+from qwenspec.verify import dequantize, reference_kv, reference_rope
 from qwenspec.verify import reference as reference_model
-from qwenspec.verify import reference_rope
 from qwenspec.verify.reference import Reference
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, INTER, VOCAB, LAYERS = 12, 4, 2, 8, 10, 23, 2
@@ -331,7 +331,7 @@ def test_wrong_weights_are_named():
 
 
 def test_shares_nothing_with_the_compiler():
-    for module in (reference_model, reference_rope):
+    for module in (reference_model, reference_rope, reference_kv, dequantize):
         for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.ImportFrom):
                 assert node.level == 0
@@ -339,5 +339,6 @@ def test_shares_nothing_with_the_compiler():
             else:
                 imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in imported:
-                ours = name.startswith(("qwenspec.spec.", "qwenspec.verify.reference_rope"))
-                assert ours or name.split(".")[0] in {"__future__", "collections", "math", "numpy", "typing"}
+                ours = name.startswith(("qwenspec.spec.", "qwenspec.verify.reference_", "qwenspec.verify.dequantize"))
+                plain = {"__future__", "collections", "dataclasses", "math", "numpy", "typing"}
+                assert ours or name.split(".")[0] in plain

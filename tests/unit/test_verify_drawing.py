@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 from zlib import crc32
 
+import numpy as np
 import pytest
 from hypothesis import Phase, find, given, seed, settings
 from pydantic import Field
@@ -17,9 +18,10 @@ from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Model
 from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load_all
+from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.features import features, schema_features
 from qwenspec.verify.steps import CacheSizes
-from qwenspec.verify.strategies import DTYPES, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies import DTYPES, QUANTIZATIONS, SCALINGS, cache_sizes, spec_of, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST: dict[str, Any] = {
@@ -35,6 +37,9 @@ SMALLEST: dict[str, Any] = {
     "attention": {"head_dim": 4},
     "rope": {"theta": 1e4},
 }
+
+
+QUANTIZED = ("quantization.", "shape.quantized=", "shape.last_group=")  # how features of quantised specs begin
 
 
 def draw_run(scaling: str | None, dtype: str) -> list[Spec]:
@@ -61,6 +66,7 @@ def draw(count: int, number: int = 0, **options: Any) -> list[Spec]:
 
 def test_specs_say_everything_that_the_schema_can_say() -> None:
     drawn = [spec for kind in (None, *SCALINGS) for dtype in DTYPES for spec in draw_run(kind, dtype)]
+    drawn += [spec for scheme in QUANTIZATIONS for n in range(4) for spec in draw(8, n, quantizations=(scheme,))]
     seen = Counter(feature for spec in drawn for feature in features(spec))
     assert set(seen) == schema_features()
     assert min(seen.values()) >= 3, seen.most_common()[-5:]
@@ -72,10 +78,10 @@ def test_many_short_runs_draw_many_specs() -> None:
 
 
 def test_a_feature_that_no_spec_had_would_be_missed() -> None:
-    drawn = draw(200, scalings=(None, "yarn"))
+    drawn = draw(200, scalings=(None, "yarn"))  # and nothing that is quantised
     missed = schema_features() - {feature for spec in drawn for feature in features(spec)}
     assert missed >= {"rope.scaling.kind=linear", "rope.scaling.longrope.factor=null"}
-    assert all(feature.startswith("rope.scaling.") for feature in missed), missed
+    assert all(feature.startswith(("rope.scaling.", *QUANTIZED)) for feature in missed), missed
 
 
 def test_every_feature_of_the_shipped_specs_is_the_schema_s() -> None:
@@ -118,6 +124,33 @@ def test_features_of_a_spec() -> None:
     }
     keys = [feature.split("=")[0] for feature in said]
     assert len(keys) == len(set(keys))  # one word a field
+
+
+def test_features_of_a_quantised_spec() -> None:
+    def said(scheme: dict[str, Any], *skip: str, **changes: Any) -> set[str]:
+        found = features(spec_of(SMALLEST | changes, {**scheme, "skip": list(skip)}))
+        return {feature for feature in found if feature.startswith(QUANTIZED)}
+
+    gptq = {"scheme": "gptq", "bits": 8, "group_size": -1, "desc_act": True}
+    assert said(gptq) == {
+        "quantization.scheme=gptq",
+        "quantization.gptq.bits=8",
+        "quantization.gptq.group_size=-1",
+        "quantization.gptq.sym=true",
+        "quantization.gptq.desc_act=true",
+        "quantization.gptq.checkpoint_format=gptq",
+        "shape.quantized=all",
+        "shape.last_group=whole",
+    }
+    assert "quantization.gptq.group_size=number" in said(gptq | {"group_size": 4})
+    int4 = {"scheme": "int4", "group_size": 3, "head": "int8"}
+    common = {"quantization.scheme=int4", "quantization.int4.head=int8", "shape.last_group=smaller"}
+    assert said(int4, "model.layers.0.self_attn.o_proj") == common | {"shape.quantized=some"}
+    assert said(int4, "model.layers.0.self_attn.k_proj") == common | {"shape.quantized=parts"}
+    every_part = [f"model.layers.0.self_attn.{part}_proj" for part in "qkv"]
+    assert said(int4, *every_part) == common | {"shape.quantized=some"}
+    assert features(spec_of(SMALLEST)) >= {"quantization=null"}
+    assert not any(feature.startswith(QUANTIZED) for feature in features(spec_of(SMALLEST)))
 
 
 class _Gate(Model):
@@ -172,6 +205,28 @@ def test_hugging_face_can_say_the_specs_drawn_for_it() -> None:
     said = {feature for spec in drawn for feature in features(spec)}
     kinds = ("linear", "dynamic", "yarn", "longrope", "llama3")
     assert said >= {f"rope.scaling.kind={kind}" for kind in kinds} | {"attention.sliding_window=set", "embedding=set"}
+
+
+def test_specs_shrink_to_the_simplest_of_a_scheme() -> None:
+    rules = settings(max_examples=500, derandomize=True, database=None, deadline=None)
+    schemes = (None, "int8", "gptq")
+    found = find(specs(quantizations=schemes), lambda spec: spec.quantization is not None, settings=rules)
+    assert found == spec_of(SMALLEST, {"scheme": "int8", "head": "none"})
+
+
+def test_quantised_specs_are_of_the_schemes_asked_for() -> None:
+    for scheme in QUANTIZATIONS:
+        drawn = [spec.quantization for spec in draw(20, quantizations=(None, scheme))]
+        assert {None if q is None else q.scheme for q in drawn} == {None, scheme}
+
+
+def test_groups_and_blocks_are_smaller_than_matrices() -> None:
+    for scheme in set(QUANTIZATIONS) - {"int8"}:
+        drawn = [spec for n in range(4) for spec in draw(8, n, quantizations=(scheme,))]
+        matrices = [matrix for spec in drawn for matrix in quantized_matrices(spec).values()]
+        assert np.mean([matrix.columns > matrix.group_size for matrix in matrices]) > 0.5, scheme
+        ragged = np.mean([matrix.columns % matrix.group_size > 0 for matrix in matrices])
+        assert ragged == 0 if scheme == "awq" else ragged > 0.2, scheme
 
 
 def test_short_sequences_pass_the_lengths_at_which_something_begins() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 from unittest import mock
@@ -143,6 +144,14 @@ def test_a_narrower_head_rounds_once_more() -> None:
     assert bound("bfloat16", 2, PACKAGE, "bfloat16") == bound("bfloat16", 2, PACKAGE)
 
 
+def test_what_a_spec_rounds_counts_in_every_layer_and_dtype() -> None:
+    entry = tolerances().rounded["activations"]
+    for dtype, layers in itertools.product(("float32", "bfloat16"), (1, 3)):
+        added = bound(dtype, layers, PACKAGE, rounded=["activations"]) - bound(dtype, layers, PACKAGE)
+        assert added == pytest.approx(entry.k * 2**-4 * math.sqrt(4 * layers))
+    assert bound("bfloat16", 3, PACKAGE, rounded=["activations"]) < 0.6
+
+
 def test_every_pair_has_bounds() -> None:
     for pair in (PACKAGE, PACKAGES, HUGGING_FACE, ("triton", "huggingface"), ("huggingface", "tvm")):
         assert bound("float32", 1, pair) > 0
@@ -173,7 +182,7 @@ def test_a_bad_file_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
 
 def test_every_bound_says_how_it_was_measured() -> None:
     entries = [entry for by_dtype in tolerances().bounds.values() for entry in by_dtype.values()]
-    for entry in (*entries, tolerances().head):
+    for entry in (*entries, tolerances().head, *tolerances().rounded.values()):
         assert "largest" in entry.measured
         assert any(character.isdigit() for character in entry.measured)
 

@@ -125,6 +125,34 @@ def test_what_is_small_stays() -> None:
     assert reduced(small) == small
 
 
+@pytest.mark.parametrize("head_dim", [None, 64, 256])
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"scheme": "fp8_block"},
+        {"scheme": "fp8_block", "block": [64, 32]},
+        {"scheme": "awq"},
+        {"scheme": "gptq", "bits": 4},
+        {"scheme": "gptq", "bits": 8, "group_size": -1},
+        {"scheme": "int8"},
+        {"scheme": "int4"},
+    ],
+)
+def test_groups_and_blocks_stay_whole_or_ragged(
+    quantization: dict[str, Any], ragged: bool, head_dim: int | None
+) -> None:
+    changes: dict[str, Any] = {"attention": {"head_dim": head_dim}}
+    if ragged and quantization["scheme"] != "awq":
+        changes |= {"hidden_size": 3696, "intermediate_size": 18960}  # 28 · 132, and words of 8
+    spec = spec_of(QWEN | changes, quantization)
+    small = reduced(spec)
+    assert mistakes(small) == []
+    assert features(small) == features(spec)
+    assert small.architecture.intermediate_size < 512
+    assert small.architecture.hidden_size <= WIDTH + 128
+
+
 def test_skipped_modules_of_layers_that_went_are_forgotten() -> None:
     skip = ["model.layers.1.mlp.down_proj", "model.layers.20.mlp.down_proj"]
     spec = spec_of(QWEN)

@@ -6,8 +6,12 @@ from torch import Tensor
 
 from .dispatch import architecture, tl, triton, use_triton
 from .paged import sequence_kv
+from .quantized_kv import UNIT, attend, numbers, read_sequence
 
 SLIDING = tl.constexpr(True)  # flag: some layer has a sliding window
+QUANTIZED_KV = tl.constexpr(True)  # flag: what is cached is quantised
+TOKEN_SCALES = tl.constexpr(True)  # flag: … with a scale for each token and head
+STORED_KV_SCALES = tl.constexpr(True)  # flag: … with the layer's scales
 
 QUERIES = 64  # of one sequence at a time, on a CPU
 
@@ -16,6 +20,8 @@ def prefill_attention(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
     block_tables: Tensor,
     q_starts: Tensor,
     kv_lens: Tensor,
@@ -31,6 +37,8 @@ def prefill_attention(
 
     q: [n, num_heads, head_dim], contiguous: the new tokens of all sequences, one sequence after the other
     k_pages, v_pages: [pages, page_size, num_kv_heads, head_dim], contiguous; the new tokens are already there
+    [TOKEN_SCALES] k_scales, v_scales: [pages, page_size, num_kv_heads] float32, contiguous
+    [STORED_KV_SCALES] k_scales, v_scales: [1] float32, the layer's
     block_tables: [b, max_blocks] int, each sequence's page numbers, contiguous
     q_starts: [b + 1] int, the first new token of each sequence, and n
     kv_lens: [b] int, tokens of each sequence, the new ones included
@@ -47,16 +55,22 @@ def prefill_attention(
     if SLIDING:
         seen = max_blocks * page_size if window is None else window
     if not use_triton(q):
-        return _prefill_attention_torch(q, k_pages, v_pages, block_tables, q_starts, kv_lens, scale, seen, tree)
+        return _prefill_attention_torch(
+            q, k_pages, v_pages, k_scales, v_scales, block_tables, q_starts, kv_lens, scale, seen, tree
+        )
     for tensor in (q, k_pages, v_pages, block_tables):
         assert tensor.is_contiguous()
     block_dim = triton.next_power_of_2(head_dim)
     block_m, block_n, num_warps = _blocks(q, block_dim, max_q_len, tree is not None)
+    if QUANTIZED_KV and (tree is not None or architecture(q.device).startswith("gfx")):
+        block_n = max(block_n // 2, 16)  # bytes are converted in registers, which masks need, too
     out = q.new_empty(n, heads * head_dim)
     _prefill_kernel[(heads, b, triton.cdiv(max_q_len, block_m))](
         q,
         k_pages,
         v_pages,
+        k_scales,
+        v_scales,
         block_tables,
         q_starts,
         kv_lens,
@@ -74,7 +88,7 @@ def prefill_attention(
         BLOCK_N=block_n,
         TREE=tree is not None,
         num_warps=num_warps,
-        num_stages=2,
+        num_stages=1 if QUANTIZED_KV and q.dtype == torch.float32 else 2,
     )
     return out
 
@@ -96,6 +110,8 @@ def _prefill_attention_torch(
     q: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
     block_tables: Tensor,
     q_starts: Tensor,
     kv_lens: Tensor,
@@ -109,8 +125,12 @@ def _prefill_attention_torch(
         prefix = length - (starts[i + 1] - starts[i])
         oldest = max(prefix - window + 1, 0) if SLIDING else 0  # the first key that some new token sees
         nodes = None if tree is None else tree[starts[i] : starts[i + 1]]
-        k, v = sequence_kv(k_pages, v_pages, block_tables[i], oldest, length)
-        # In blocks, for scaled_dot_product_attention computes the scores of keys that its mask hides, too.
+        if QUANTIZED_KV:
+            kv = read_sequence(k_pages, v_pages, k_scales, v_scales, block_tables[i], oldest, length)
+            # In blocks, for the scores of keys that the mask hides are computed, too.
+        else:
+            k, v = sequence_kv(k_pages, v_pages, block_tables[i], oldest, length)
+            # In blocks, for scaled_dot_product_attention computes the scores of keys that its mask hides, too.
         for block in range(prefix, length, QUERIES):
             stop = min(block + QUERIES, length)
             first = max(block - window + 1, 0) if SLIDING and nodes is None else oldest
@@ -123,15 +143,18 @@ def _prefill_attention_torch(
                     key, query = (_positions(nodes, prefix, token) for token in (key, query))
                 mask &= key > query - window
             new = slice(starts[i] + block - prefix, starts[i] + stop - prefix)
-            attended = F.scaled_dot_product_attention(
-                q[new].transpose(0, 1).unsqueeze(0),
-                k[:, first - oldest : stop - oldest].unsqueeze(0),
-                v[:, first - oldest : stop - oldest].unsqueeze(0),
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
-            )
-            out[new] = attended[0].transpose(0, 1)
+            if QUANTIZED_KV:
+                out[new] = attend(q[new], kv, scale, slice(first - oldest, stop - oldest), mask)
+            else:
+                attended = F.scaled_dot_product_attention(
+                    q[new].transpose(0, 1).unsqueeze(0),
+                    k[:, first - oldest : stop - oldest].unsqueeze(0),
+                    v[:, first - oldest : stop - oldest].unsqueeze(0),
+                    attn_mask=mask,
+                    scale=scale,
+                    enable_gqa=True,
+                )
+                out[new] = attended[0].transpose(0, 1)
     return out.flatten(1)
 
 
@@ -154,6 +177,8 @@ def _prefill_kernel(
     q_ptr,
     k_pages_ptr,
     v_pages_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     block_tables_ptr,
     q_starts_ptr,
     kv_lens_ptr,
@@ -188,6 +213,8 @@ def _prefill_kernel(
     mask = (m < q_len)[:, None] & (d < HEAD_DIM)[None, :]
     row = ((q_start + m) * HEADS + head)[:, None] * HEAD_DIM
     q = tl.load(q_ptr + row + d[None, :], mask=mask, other=0.0)
+    if STORED_KV_SCALES:
+        scale *= tl.load(k_scales_ptr) * UNIT
     query = kv_len - q_len + m
     if TREE:
         node_ptr = tree_ptr + (q_start + m) * 3
@@ -214,7 +241,12 @@ def _prefill_kernel(
         kv_mask = seen[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(k_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
         v = tl.load(v_pages_ptr + offset[:, None] + d[None, :], mask=kv_mask, other=0.0)
+        if QUANTIZED_KV:
+            k, v = numbers(k, q.dtype), numbers(v, q.dtype)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+        if TOKEN_SCALES:
+            token_head = (page * PAGE_SIZE + key % PAGE_SIZE) * KV_HEADS + kv_head
+            scores *= tl.load(k_scales_ptr + token_head, mask=seen, other=0.0)[None, :] * UNIT
         if TREE:
             new = seen & (key >= kv_len - q_len)
             key_ptr = tree_ptr + (q_start + key - (kv_len - q_len)) * 3
@@ -235,8 +267,12 @@ def _prefill_kernel(
         weights = tl.exp2(scores - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 1)
+        if TOKEN_SCALES:
+            weights *= tl.load(v_scales_ptr + token_head, mask=seen, other=0.0)[None, :] * UNIT
         acc = acc * shrink[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         peak = new_peak
 
+    if STORED_KV_SCALES:
+        acc *= tl.load(v_scales_ptr) * UNIT
     out = acc / total[:, None]
     tl.store(out_ptr + row + d[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -5,11 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import tl, triton, use_triton
+from .quantized_kv import magnitude, quantize, quantize_torch, token_scale, token_scales
 
 QK_NORM = tl.constexpr(True)  # flag: RMSNorm of each query and key head before RoPE
 ONE_PLUS = tl.constexpr(True)  # flag: the norm multiplies by 1 + weight
 LOGN = tl.constexpr(True)  # flag: queries are scaled by their position after RoPE
 PARTIAL_ROTARY = tl.constexpr(True)  # flag: rotary_dim < head_dim
+QUANTIZED_KV = tl.constexpr(True)  # flag: what is cached is quantised
+TOKEN_SCALES = tl.constexpr(True)  # flag: … with a scale for each token and head
+STORED_KV_SCALES = tl.constexpr(True)  # flag: … with the layer's scales
 
 
 def rotate_and_cache(
@@ -18,6 +22,8 @@ def rotate_and_cache(
     sin: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    k_scales: Tensor,
+    v_scales: Tensor,
     slots: Tensor,
     q_norm_weight: Tensor,
     k_norm_weight: Tensor,
@@ -25,6 +31,8 @@ def rotate_and_cache(
     query_scale: Tensor,
 ) -> Tensor:
     """Rotated queries; rotated keys and the values go to their slots in the cache.
+
+    [QUANTIZED_KV] They are rounded to qkv's dtype and then quantised.
 
     [QK_NORM] Each query and key head is normalised first, x̂ = x / sqrt(mean(x²) + eps) in float32,
     [QK_NORM and not ONE_PLUS] then rounded to its dtype and multiplied by the weight.
@@ -36,6 +44,8 @@ def rotate_and_cache(
     qkv: [n, (num_heads + 2 num_kv_heads) head_dim], contiguous: query heads, key heads, value heads
     cos, sin: [n, rotary_dim / 2], any float dtype, contiguous
     k_pages, v_pages: [pages, page_size, num_kv_heads, head_dim], contiguous, written in place
+    [TOKEN_SCALES] k_scales, v_scales: [pages, page_size, num_kv_heads] float32, contiguous, written in place
+    [STORED_KV_SCALES] k_scales, v_scales: [1] float32, the layer's
     slots: [n] int64, page · page_size + offset, or -1 for a token that is not cached
     [QK_NORM] q_norm_weight, k_norm_weight: [head_dim]
     [LOGN] query_scale: [n] float32, LogN's factor of each query, applied after RoPE
@@ -55,6 +65,13 @@ def rotate_and_cache(
         if slots.min() < 0:
             cached = slots >= 0
             slots, k, v = slots[cached], k[cached], v[cached]
+        if TOKEN_SCALES:
+            k_scale, v_scale = token_scales(k), token_scales(v)
+            k_scales.flatten(0, 1).index_copy_(0, slots, k_scale)
+            v_scales.flatten(0, 1).index_copy_(0, slots, v_scale)
+            k, v = quantize_torch(k, k_scale.unsqueeze(-1)), quantize_torch(v, v_scale.unsqueeze(-1))
+        if STORED_KV_SCALES:
+            k, v = quantize_torch(k, k_scales), quantize_torch(v, v_scales)
         k_pages.flatten(0, 1).index_copy_(0, slots, k)
         v_pages.flatten(0, 1).index_copy_(0, slots, v)
         return q.contiguous()
@@ -72,6 +89,8 @@ def rotate_and_cache(
         sin,
         k_pages,
         v_pages,
+        k_scales,
+        v_scales,
         slots,
         q,
         q_norm_weight,
@@ -116,6 +135,8 @@ def _rotate_and_cache_kernel(
     sin_ptr,
     k_pages_ptr,
     v_pages_ptr,
+    k_scales_ptr,
+    v_scales_ptr,
     slots_ptr,
     q_ptr,
     q_norm_ptr,
@@ -144,8 +165,19 @@ def _rotate_and_cache_kernel(
 
     column = tl.arange(0, BLOCK_DIM)[None, :]
     v_mask = cached[:, None] & (column < HEAD_DIM)
-    v = tl.load(qkv_ptr + source + KV_HEADS * HEAD_DIM + column, mask=v_mask)
-    tl.store(v_pages_ptr + cache_row + column, v.to(v_pages_ptr.dtype.element_ty), mask=v_mask)
+    if QUANTIZED_KV:
+        v = tl.load(qkv_ptr + source + KV_HEADS * HEAD_DIM + column, mask=v_mask, other=0.0).to(tl.float32)
+        if TOKEN_SCALES:
+            token_head = slot * KV_HEADS + head - HEADS
+            v_scale = token_scale(magnitude(v))
+            tl.store(v_scales_ptr + token_head, v_scale, mask=cached)
+            v = quantize(v, v_scale[:, None])
+        else:
+            v = quantize(v, tl.load(v_scales_ptr))
+        tl.store(v_pages_ptr + cache_row + column, v, mask=v_mask)
+    else:
+        v = tl.load(qkv_ptr + source + KV_HEADS * HEAD_DIM + column, mask=v_mask)
+        tl.store(v_pages_ptr + cache_row + column, v.to(v_pages_ptr.dtype.element_ty), mask=v_mask)
 
     i = tl.arange(0, BLOCK_HALF)[None, :]
     needed = (is_q | cached)[:, None]
@@ -178,10 +210,25 @@ def _rotate_and_cache_kernel(
             rest *= query_scale
 
     k_row = k_pages_ptr + cache_row
-    _store(q_row + i, k_row + i, turned_first, is_q, cached, i < HALF)
-    _store(q_row + HALF + i, k_row + HALF + i, turned_second, is_q, cached, i < HALF)
+    if QUANTIZED_KV:
+        rounded: tl.constexpr = q_ptr.dtype.element_ty
+        turned_first = turned_first.to(rounded).to(tl.float32)
+        turned_second = turned_second.to(rounded).to(tl.float32)
+        if PARTIAL_ROTARY:
+            rest = rest.to(rounded).to(tl.float32)
+    if TOKEN_SCALES:
+        largest = tl.maximum(magnitude(turned_first), magnitude(turned_second))
+        if PARTIAL_ROTARY:
+            largest = tl.maximum(largest, magnitude(rest))
+        k_scale = token_scale(largest)
+        tl.store(k_scales_ptr + token_head, k_scale, mask=cached)
+        k_scale = k_scale[:, None]
+    if STORED_KV_SCALES:
+        k_scale = tl.load(k_scales_ptr)
+    _store(q_row + i, k_row + i, turned_first, k_scale, is_q, cached, i < HALF)
+    _store(q_row + HALF + i, k_row + HALF + i, turned_second, k_scale, is_q, cached, i < HALF)
     if PARTIAL_ROTARY:
-        _store(q_row + j, k_row + j, rest, is_q, cached, j < HEAD_DIM)
+        _store(q_row + j, k_row + j, rest, k_scale, is_q, cached, j < HEAD_DIM)
 
 
 @triton.jit
@@ -195,7 +242,10 @@ def _scale(unit, q_weight_ptr, k_weight_ptr, is_q, inside, dtype: tl.constexpr):
 
 
 @triton.jit
-def _store(q_ptr, k_ptr, x, is_q, is_k, inside):
+def _store(q_ptr, k_ptr, x, k_scale, is_q, is_k, inside):
     """Rows of x to the query or the key cache."""
     tl.store(q_ptr, x.to(q_ptr.dtype.element_ty), mask=is_q[:, None] & inside)
-    tl.store(k_ptr, x.to(k_ptr.dtype.element_ty), mask=is_k[:, None] & inside)
+    if QUANTIZED_KV:
+        tl.store(k_ptr, quantize(x, k_scale), mask=is_k[:, None] & inside)
+    else:
+        tl.store(k_ptr, x.to(k_ptr.dtype.element_ty), mask=is_k[:, None] & inside)

@@ -13,6 +13,7 @@ from .sequences import CachedSequence, Forward, PageCopy, Sequences, Tree
 
 EVICTS = True  # flag: every layer slides, so pages behind the window can be given back
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
+TOKEN_SCALES = True  # flag: what is cached is quantised, with a scale for each token and head
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Batch:
 
 class PagedKVCache:
     """Keys and values of many sequences, in pages of [layers, 2, pages, page_size, num_kv_heads, head_dim].
+
+    [TOKEN_SCALES] Each token's and head's are bytes, to be multiplied with its number in `scales`.
 
     A call that cannot be done raises and leaves the cache as it was."""
 
@@ -61,6 +64,8 @@ class PagedKVCache:
         self.pages = torch.empty(
             num_layers, 2, self.sequences.num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device
         )
+        if TOKEN_SCALES:
+            self.scales = torch.empty(self.pages.shape[:-1], dtype=torch.float32, device=device)
         self.graphs = graphs  # captured decode steps over these pages
         self.batch: Batch | None = None
         if DYNAMIC_ROPE:
@@ -120,6 +125,9 @@ class PagedKVCache:
         if targets:
             slots = self.pages.flatten(2, 3)
             slots[:, :, targets] = slots[:, :, sources]
+            if TOKEN_SCALES:
+                scales = self.scales.flatten(2, 3)
+                scales[:, :, targets] = scales[:, :, sources]
         self.sequences.commit(paths)
 
     def open_batch(self, tokens: int) -> Batch:
@@ -142,6 +150,8 @@ class PagedKVCache:
         if copy is not None:
             old, new = copy
             self.pages[:, :, new] = self.pages[:, :, old]
+            if TOKEN_SCALES:
+                self.scales[:, :, new] = self.scales[:, :, old]
 
     def _slot(self, sequence: CachedSequence, index: int) -> int:
         return sequence.pages[index // self.page_size] * self.page_size + index % self.page_size

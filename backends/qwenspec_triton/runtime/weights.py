@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,27 @@ from .checkpoint import Checkpoint, CheckpointError, Parameter, open_checkpoint
 
 __all__ = ["CheckpointError", "load_weights"]
 
+QUANTIZED = True  # flag: some matrices are quantised
+STORED_KV_SCALES = True  # flag: attention has scales of the KV cache
+
 
 def load_weights(model: nn.Module, folder: str | Path, device: torch.device) -> None:
-    """Give every parameter of `model`, built on the meta device in its final dtypes, its values."""
+    """Give every parameter of `model`, built on the meta device in its final dtypes, its values.
+
+    [QUANTIZED] Quantised matrices are packed as their kernels want them."""
     checkpoint = open_checkpoint(folder)
     for parameter in checkpoint.parameters:
         module_name, _, attribute = parameter.name.rpartition(".")
         module = model.get_submodule(module_name)
-        tensor = read(checkpoint, parameter, getattr(module, attribute).dtype, device)
+        if STORED_KV_SCALES and attribute in ("k_scale", "v_scale"):
+            tensor = read(checkpoint, parameter, torch.float32, device)  # in a model of any dtype
+        else:
+            tensor = read(checkpoint, parameter, getattr(module, attribute).dtype, device)
         setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+    if QUANTIZED:
+        for matrix in checkpoint.matrices:
+            packed: Any = model.get_submodule(matrix.name)
+            packed.pack(matrix, device)
 
 
 def read(checkpoint: Checkpoint, parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 The cache is TVM's: pages, sequences, forks and token trees. On CPUs every function that it calls is ours; its own
 CPU kernels walk the whole cache for each query.
+[QUANTIZED_KV] It holds entries of bytes (kv_layout.py), in which queries and outputs go through it too.
 [SLIDING] A sliding layer says so by a negative scale there, for the cache does not tell its functions which layer they
 [SLIDING] work for.
 """
@@ -16,11 +17,15 @@ from tvm.relax.frontend.nn.llm.kv_cache import AttnKind, PagedKVCache, RopeMode,
 from tvm.target import Target
 
 from .decode_attention import decode_attention
+from .kv_entries import pack, unpack
+from .kv_layout import ENTRY_DTYPE, entry_size, query_entries
 from .pages import page_functions
 from .prefill_attention import prefill_attention
 from .target import is_cpu, lanes
 
 SLIDING = True  # flag: some layer has a sliding window
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
+STORED_KV_SCALES = False  # flag: … with scales from the checkpoint
 
 
 def create_cache(
@@ -41,12 +46,14 @@ def create_cache(
     max_batch_size … support_sliding_window: variables of that function, in the order of its shape arguments.
         Layers keep every token, whatever support_sliding_window says: it is there for callers' sake.
     windows: of each layer, how many of the last tokens it sees, or None for all
-    dtype: of keys and values
+    [not QUANTIZED_KV] dtype: of keys and values
     """
     config = [max_batch_size, max_total_seq_len, prefill_chunk_size, page_size]
     sliding = {window for window in windows if window is not None}
     assert len(sliding) <= 1, "one window a model"
     window = next(iter(sliding), None)
+    if QUANTIZED_KV:
+        return _cpu_cache(config, len(windows), num_heads, num_kv_heads, head_dim, window, ENTRY_DTYPE)
     if is_cpu():
         return _cpu_cache(config, len(windows), num_heads, num_kv_heads, head_dim, window, dtype)
     kinds = ["mha" if window is None else "mha_sliding" for window in windows]
@@ -80,19 +87,69 @@ def create_cache(
     )
 
 
-def attend(cache: PagedKVCache, layer_id: int, qkv: Tensor, num_heads: int, scale: float, window: int | None) -> Tensor:
-    """softmax(scale · q Kᵀ) V over the tokens of each sequence, in float32; appends the keys and values to the cache.
+if not QUANTIZED_KV:
 
-    qkv: [n, num_heads + 2 · num_kv_heads, head_dim], rotated, the new tokens of all sequences in the cache's dtype
-    scale: of the scores, above 0, usually 1 / sqrt(head_dim)
-    [SLIDING] window: how many of the last tokens are seen, or None for all; the layer's, as create_cache was told
-    -> [n, num_heads, head_dim]
-    """
-    n, heads, head_dim = qkv.shape
-    if SLIDING and window is not None and is_cpu():
-        scale = -scale
-    out = cache.attention_with_fused_qkv(layer_id, op.reshape(qkv, (1, n, heads, head_dim)), num_heads, scale)
-    return op.reshape(out, (n, num_heads, head_dim))
+    def attend(
+        cache: PagedKVCache, layer_id: int, qkv: Tensor, num_heads: int, scale: float, window: int | None
+    ) -> Tensor:
+        """softmax(scale · q Kᵀ) V over the tokens of each sequence, in float32; caches the new keys and values.
+
+        qkv: [n, num_heads + 2 · num_kv_heads, head_dim], rotated, the new tokens of all sequences in the cache's dtype
+        scale: of the scores, above 0, usually 1 / sqrt(head_dim)
+        [SLIDING] window: how many of the last tokens are seen, or None for all; the layer's, as create_cache was told
+        -> [n, num_heads, head_dim]
+        """
+        n, heads, head_dim = qkv.shape
+        if SLIDING and window is not None and is_cpu():
+            scale = -scale
+        out = cache.attention_with_fused_qkv(layer_id, op.reshape(qkv, (1, n, heads, head_dim)), num_heads, scale)
+        return op.reshape(out, (n, num_heads, head_dim))
+
+else:
+
+    def attend(
+        cache: PagedKVCache,
+        layer_id: int,
+        qkv: Tensor,
+        num_heads: int,
+        scale: float,
+        window: int | None,
+        k_scale: Tensor,
+        v_scale: Tensor,
+    ) -> Tensor:
+        """softmax(scale · q Kᵀ) V over the tokens of each sequence, in float32; caches the new keys and values.
+
+        All are seen as they are cached, the new ones too. The output is rounded once.
+
+        qkv: [n, num_heads + 2 · num_kv_heads, head_dim], rotated, the new tokens of all sequences in any float dtype
+        scale: of the scores, above 0, usually 1 / sqrt(head_dim)
+        [SLIDING] window: how many of the last tokens are seen, or None for all; the layer's, as create_cache was told
+        [STORED_KV_SCALES] k_scale, v_scale: the layer's, [1] float32, above 0
+        -> [n, num_heads, head_dim], qkv's dtype
+        """
+        n, head_dim = qkv.shape[0], int(qkv.shape[2])
+        carriers, entry = query_entries(num_heads, head_dim), entry_size(head_dim)
+        if SLIDING and window is not None:
+            scale = -scale
+        entries = to_entries(qkv, num_heads, k_scale, v_scale)
+        entries = op.reshape(entries, (1, n, int(entries.shape[1]), entry))
+        out = op.reshape(cache.attention_with_fused_qkv(layer_id, entries, carriers, scale), (n, carriers, entry))
+        outputs = Tensor.placeholder((n, num_heads, head_dim), qkv.dtype)
+        inputs = [out, v_scale] if STORED_KV_SCALES else [out]
+        return op.tensor_ir_op(unpack(num_heads, head_dim, qkv.dtype), "unpack_outputs", inputs, outputs)
+
+    def to_entries(qkv: Tensor, num_heads: int, k_scale: Tensor, v_scale: Tensor) -> Tensor:
+        """What goes through the cache: queries as float32, keys and values quantised.
+
+        qkv: [n, num_heads + 2 · num_kv_heads, head_dim]
+        [STORED_KV_SCALES] k_scale, v_scale: [1] float32
+        -> [n, query_entries + 2 · num_kv_heads, entry_size], int8
+        """
+        n, cached, head_dim = qkv.shape[0], int(qkv.shape[1]) - num_heads, int(qkv.shape[2])
+        shape = n, query_entries(num_heads, head_dim) + cached, entry_size(head_dim)
+        inputs = [qkv, k_scale, v_scale] if STORED_KV_SCALES else [qkv]
+        function = pack(num_heads, cached, head_dim, qkv.dtype)
+        return op.tensor_ir_op(function, "pack_entries", inputs, Tensor.placeholder(shape, ENTRY_DTYPE))
 
 
 def _cpu_cache(
@@ -120,10 +177,10 @@ def _cpu_cache(
     arguments = [
         relax.ShapeExpr([*config, 0]),  # no per-sequence windows
         relax.ShapeExpr([0, num_layers]),
-        relax.prim_value(num_heads),
+        relax.prim_value(query_entries(num_heads, head_dim) if QUANTIZED_KV else num_heads),
         relax.prim_value(num_kv_heads),
-        relax.prim_value(head_dim),
-        relax.prim_value(head_dim),
+        relax.prim_value(entry_size(head_dim) if QUANTIZED_KV else head_dim),
+        relax.prim_value(entry_size(head_dim) if QUANTIZED_KV else head_dim),
         relax.ShapeExpr([int(AttnKind.MHA)] * num_layers),
         relax.prim_value(False),  # nothing is sent to other machines
         relax.prim_value(int(RopeMode.NONE)),

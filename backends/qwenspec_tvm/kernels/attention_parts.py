@@ -5,6 +5,10 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from .kv_entries import entry_scale, entry_value
+
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
+STORED_KV_SCALES = False  # flag: … with scales from the checkpoint
 LOG2_E = math.log2(math.e)
 NO_KEY = -1.0e30  # the peak of a row that has seen no key: finite, for -inf minus -inf is NaN
 FAR = 1 << 30  # more than any position
@@ -35,21 +39,39 @@ def num_keys(pages: Any, page_size: Any, last_page_len: Any) -> Any:
     return T.if_then_else(pages > 0, (pages - 1) * page_size + last_page_len, 0)
 
 
-def _element(source: Any, row: tuple[Any, ...], d: Any) -> Any:
-    return source[(*row, d)]
+if not QUANTIZED_KV:
 
+    def _element(source: Any, row: tuple[Any, ...], d: Any) -> Any:
+        return source[(*row, d)]
 
-@T.inline
-def copy_row(tile, j, source, row, head_dim, lanes):
-    """source[*row, :head_dim] into tile[j], as float32."""
-    for c in T.serial(head_dim // lanes):
-        for lane in T.vectorized(lanes):
-            tile[j, c * lanes + lane] = T.cast(_element(source, row, c * lanes + lane), "float32")
-    if head_dim % lanes > 0:
-        for lane in T.vectorized(head_dim % lanes):
-            tile[j, head_dim // lanes * lanes + lane] = T.cast(
-                _element(source, row, head_dim // lanes * lanes + lane), "float32"
-            )
+    @T.inline
+    def copy_row(tile, j, source, row, head_dim, lanes):
+        """source[*row, :head_dim] into tile[j], as float32."""
+        for c in T.serial(head_dim // lanes):
+            for lane in T.vectorized(lanes):
+                tile[j, c * lanes + lane] = T.cast(_element(source, row, c * lanes + lane), "float32")
+        if head_dim % lanes > 0:
+            for lane in T.vectorized(head_dim % lanes):
+                tile[j, head_dim // lanes * lanes + lane] = T.cast(
+                    _element(source, row, head_dim // lanes * lanes + lane), "float32"
+                )
+
+else:
+
+    def _value(source: Any, row: tuple[Any, ...], d: Any, scale: Any) -> Any:
+        return entry_value(source, row, d) if STORED_KV_SCALES else entry_value(source, row, d) * scale
+
+    @T.inline
+    def copy_row(tile, j, source, row, head_dim, lanes):
+        """The values of the entry source[*row] into tile[j], as float32."""
+        if not STORED_KV_SCALES:
+            scale: T.let[T.float32] = entry_scale(source, row, head_dim)
+        for c in T.serial(head_dim // lanes):
+            for lane in T.vectorized(lanes):
+                tile[j, c * lanes + lane] = _value(source, row, c * lanes + lane, scale)
+        if head_dim % lanes > 0:
+            for lane in T.vectorized(head_dim % lanes):
+                tile[j, head_dim // lanes * lanes + lane] = _value(source, row, head_dim // lanes * lanes + lane, scale)
 
 
 def fold(values: Any, row: int, width: int, combine: Any) -> None:

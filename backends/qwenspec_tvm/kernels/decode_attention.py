@@ -12,7 +12,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from .attention_parts import LOG2_E, NO_KEY, copy_row, exp2, fold, num_keys, reach
+from .kv_entries import floats
+from .kv_layout import entry_size, query_entries
 
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
 SPLIT = 256  # keys
 KEYS = 16  # of a block
 STEP = 4  # keys, scored at once
@@ -26,7 +29,10 @@ def decode_attention(
 
     With sm_scale < 0 a token at position p sees only p - window + 1 and later, and the scale is -sm_scale.
     Writes softmax(scale · q Kᵀ) V and the log2 of the softmax's sum; 0 and -inf for a row without keys.
+    [QUANTIZED_KV] dtype: of the entries that everything lies in
     """
+    if QUANTIZED_KV:
+        carriers, entry = query_entries(num_heads, head_dim), entry_size(head_dim)
     group = num_heads // num_kv_heads
     heads = min(group, 2)  # of the group, at once: an element of a key in a register serves both
     rows = -(-group // heads) * heads
@@ -107,15 +113,21 @@ def decode_attention(
         num_pages = T.int64()
         page_size = T.int64()
         num_indices = T.int64()
-        q = T.match_buffer(q_handle, (batch, num_heads, head_dim), dtype)
-        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_size, head_dim), dtype)
+        q = T.match_buffer(q_handle, (batch, carriers, entry) if QUANTIZED_KV else (batch, num_heads, head_dim), dtype)
+        pages = T.match_buffer(
+            pages_handle, (num_pages, 2, num_kv_heads, page_size, entry if QUANTIZED_KV else head_dim), dtype
+        )
         page_indptr = T.match_buffer(page_indptr_handle, (batch + 1,), "int32", elem_offset=T.int64())
         page_indices = T.match_buffer(page_indices_handle, (num_indices,), "int32", elem_offset=T.int64())
         last_page_lens = T.match_buffer(last_page_lens_handle, (batch,), "int32", elem_offset=T.int64())
         first_positions = T.match_buffer(first_positions_handle, (batch,), "int32", elem_offset=T.int64())
         q_positions = T.match_buffer(q_positions_handle, (batch,), "int32", elem_offset=T.int64())
-        out = T.match_buffer(out_handle, (batch, num_heads, head_dim), dtype)
-        lse = T.match_buffer(lse_handle, (batch, num_heads), "float32")
+        out = T.match_buffer(
+            out_handle, (batch, carriers, entry) if QUANTIZED_KV else (batch, num_heads, head_dim), dtype
+        )
+        lse = T.match_buffer(lse_handle, (batch, carriers if QUANTIZED_KV else num_heads), "float32")
+        if QUANTIZED_KV:
+            q_floats, out_floats = floats(q, num_heads, head_dim), floats(out, num_heads, head_dim)
         slots: T.let[T.int32] = T.cast(page_size, "int32")
         scale: T.let[T.float32] = T.abs(sm_scale) * T.float32(LOG2_E)
 
@@ -161,7 +173,10 @@ def decode_attention(
                     queries[g, d] = T.float32(0)
             for g in T.serial(group):
                 for d in T.vectorized(head_dim):
-                    queries[g, d] = T.cast(q[sequence, head * group + g, d], "float32") * scale
+                    if QUANTIZED_KV:
+                        queries[g, d] = q_floats[sequence, head * group + g, d] * scale
+                    else:
+                        queries[g, d] = T.cast(q[sequence, head * group + g, d], "float32") * scale
             if dims > head_dim:
                 for j in T.serial(KEYS):
                     for d in T.serial(dims - head_dim):
@@ -202,7 +217,10 @@ def decode_attention(
                         joined[d] += part_outs[split_indptr[s] + i, h, d] * weight
                 share: T.let[T.float32] = T.float32(1) / T.Select(peak[1] > T.float32(0), peak[1], T.float32(1))
                 for d in T.vectorized(head_dim):
-                    out[s, h, d] = T.cast(joined[d] * share, dtype)
+                    if QUANTIZED_KV:
+                        out_floats[s, h, d] = joined[d] * share
+                    else:
+                        out[s, h, d] = T.cast(joined[d] * share, dtype)
                 lse[s, h] = peak[0] + T.log2(peak[1])
 
     return decode

@@ -9,7 +9,8 @@ The functions are built by calls, not parsed from TVMScript, so that their parts
 
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from itertools import product
+from typing import Any, NamedTuple
 
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.ir_builder import tirx as T
@@ -31,9 +32,7 @@ class Sizes(NamedTuple):
     """What a function is compiled for."""
 
     outputs: int
-    inputs: int
     width: int  # of a panel
-    dtype: str
     out_dtype: str
     cores: int
 
@@ -42,67 +41,88 @@ class Sizes(NamedTuple):
         return num_panels(self.outputs, self.width)
 
     @property
-    def blocks(self) -> int:
-        """Number of blocks that the inputs are cut into."""
-        return -(-self.inputs // BLOCK_INPUTS)
-
-    @property
-    def block(self) -> int:
-        """Inputs in a block; the last may have fewer."""
-        return -(-self.inputs // self.blocks)
-
-    @property
     def group(self) -> int:
         """Panels that make a task: fewer where a small matrix would not give every core a fair share of tasks."""
         return next(group for group in (4, 2, 1) if group == 1 or self.panels >= group * TASKS * self.cores)
+
+    @property
+    def tasks(self) -> int:
+        return -(-self.panels // self.group)
 
     @property
     def tile(self) -> int:
         return TILE_AVX512 if self.width == 32 else TILE
 
 
+class FloatPanels:
+    """A weight in panels as `gemm` reads it, [panels, in, width]. Its positions are the inputs."""
+
+    def __init__(self, weight) -> None:
+        self.weight = weight
+        self.width, self.positions = int(weight.shape[2]), int(weight.shape[1])
+        blocks = -(-self.positions // BLOCK_INPUTS)
+        self.block = -(-self.positions // blocks)  # positions in a block; the last may have fewer
+
+    def x_at(self, x, row, position):
+        """A position's value of x, float32."""
+        return float32(x[row, position])
+
+    def is_direct(self, tile: int) -> bool:
+        """Whether tiles of so many rows take vectors of the weight, and not a block that was made float32 before."""
+        return tile == SMALL_TILE or self.weight.dtype == "float32"
+
+    def vector(self, panel, position, j):
+        return float32(self.weight[panel, position, j])
+
+    def read(self, values, panel, first, count) -> None:
+        """values[i, j] = the panel's output j at the position first + i, float32."""
+        with T.serial(count) as i, T.vectorized(self.width) as j:
+            T.buffer_store(values, self.vector(panel, first + i, j), [i, j])
+
+    def address(self, panel, position):
+        """What `vector` and `read` read there first."""
+        return T.address_of(self.weight[panel, position, 0])
+
+
 @cache
 def matmul(outputs: int, inputs: int, width: int, dtype: str, out_dtype: str, has_bias: bool, cores: int) -> PrimFunc:
     """x [n, in], weight [panels, in, width], bias [out] where has_bias -> out [n, out], for every n."""
-    sizes = Sizes(outputs, inputs, width, dtype, out_dtype, cores)
-    with IRBuilder() as builder, _scheduled_function():
+    sizes = Sizes(outputs, width, out_dtype, cores)
+    with IRBuilder() as builder, scheduled_function():
         n = T.int64()
-        x = _argument("x", (n, inputs), dtype)
-        weight = _argument("weight", (sizes.panels, inputs, width), dtype)
-        bias = _argument("bias", (outputs,), dtype) if has_bias else None
-        out = _argument("out", (n, outputs), out_dtype)
+        x = argument("x", (n, inputs), dtype)
+        weight = argument("weight", (sizes.panels, inputs, width), dtype)
+        bias = argument("bias", (outputs,), dtype) if has_bias else None
+        out = argument("out", (n, outputs), out_dtype)
         with T.If(n == 1):
             with T.Then():
                 _gemv(x, weight, bias, out, sizes)
-            with T.Else(), T.If(T.And(n < 2 * sizes.tile, _padded(n, SMALL_TILE) < _padded(n, sizes.tile))):
-                with T.Then():
-                    _gemm(x, weight, bias, out, n, sizes, SMALL_TILE, direct=True)
-                with T.Else():
-                    _gemm(x, weight, bias, out, n, sizes, sizes.tile, direct=dtype == "float32")
+            with T.Else():
+                gemm(x, FloatPanels(weight), bias, out, sizes)
     return builder.get()
 
 
 @cache
 def take_rows(panels: int, inputs: int, width: int, dtype: str) -> PrimFunc:
     """weight [panels, in, width], ids int32 [n] -> rows [n, in]."""
-    with IRBuilder() as builder, _scheduled_function():
+    with IRBuilder() as builder, scheduled_function():
         n = T.int64()
-        weight = _argument("weight", (panels, inputs, width), dtype)
-        ids = _argument("ids", (n,), "int32")
-        out = _argument("out", (n, inputs), dtype)
+        weight = argument("weight", (panels, inputs, width), dtype)
+        ids = argument("ids", (n,), "int32")
+        out = argument("out", (n, inputs), dtype)
         with T.parallel(n) as i, T.serial(inputs) as k:
             T.buffer_store(out, weight[ids[i] // width, k, ids[i] % width], [i, k])
     return builder.get()
 
 
 @contextmanager
-def _scheduled_function():
+def scheduled_function():
     with T.prim_func(is_private=True, s_tir=True):
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True, "op_pattern": 8})  # 8: opaque, never fused
         yield
 
 
-def _argument(name: str, shape, dtype: str):
+def argument(name: str, shape, dtype: str):
     buffer = T.match_buffer(T.arg(f"{name}_handle", T.handle()), shape, dtype)
     IRBuilder.name(name, buffer)
     return buffer
@@ -110,76 +130,78 @@ def _argument(name: str, shape, dtype: str):
 
 def _gemv(x, weight, bias, out, sizes: Sizes) -> None:
     """One row. A task reads its panels once, at STREAMS places at the same time: as many panels, or parts of panels."""
-    parts = STREAMS // sizes.group
-    part = sizes.inputs // parts
-    row = T.alloc_buffer((sizes.inputs,), "float32")
-    with T.serial(sizes.inputs) as k:
-        T.buffer_store(row, _float32(x[0, k]), [k])
-    with T.parallel(-(-sizes.panels // sizes.group)) as task:
-        # Past the last panel the last one is taken again.
-        panels = [T.min(task * sizes.group + p, sizes.panels - 1) for p in range(sizes.group)]
+    inputs = int(weight.shape[1])
+    row = T.alloc_buffer((inputs,), "float32")
+    with T.serial(inputs) as k:
+        T.buffer_store(row, float32(x[0, k]), [k])
+    with T.parallel(sizes.tasks) as task:
+        panels, parts = panels_of(task, sizes), STREAMS // sizes.group
+        part = inputs // parts
         sums = T.alloc_buffer((sizes.group, parts, sizes.width), "float32")
 
         def add(p: int, s: int, k) -> None:
             with T.vectorized(sizes.width) as j:
-                T.buffer_store(sums, sums[p, s, j] + row[k] * _float32(weight[panels[p], k, j]), [p, s, j])
+                T.buffer_store(sums, sums[p, s, j] + row[k] * float32(weight[panels[p], k, j]), [p, s, j])
 
-        streams = [(p, s) for p in range(sizes.group) for s in range(parts)]
-        for p, s in streams:
-            with T.vectorized(sizes.width) as j:
-                T.buffer_store(sums, T.float32(0), [p, s, j])
+        clear(sums)
         with T.serial(part) as k:
-            for p, s in streams:
+            for p, s in product(range(sizes.group), range(parts)):
                 add(p, s, s * part + k)
-        for p, panel in enumerate(panels):
-            for k in range(parts * part, sizes.inputs):
-                add(p, 0, k)
-            for s in range(1, parts):
-                with T.vectorized(sizes.width) as j:
-                    T.buffer_store(sums, sums[p, 0, j] + sums[p, s, j], [p, 0, j])
-            _store(out, 0, panel, lambda j, p=p: sums[p, 0, j], bias, sizes)
+        for p, k in product(range(sizes.group), range(parts * part, inputs)):
+            add(p, 0, k)
+        store_parts(out, panels, sums, bias, sizes)
 
 
-def _gemm(x, weight, bias, out, n, sizes: Sizes, tile: int, direct: bool) -> None:
-    """Rows in tiles of `tile`.
+def gemm(x, weight, bias, out, sizes: Sizes) -> None:
+    """Any number of rows.
 
-    direct: tiles take the weight as it is stored; otherwise a block of a panel is made float32 once for all of them
+    weight: FloatPanels or another class with its methods
     """
+    n = x.shape[0]
+    with T.If(T.And(n < 2 * sizes.tile, _padded(n, SMALL_TILE) < _padded(n, sizes.tile))):
+        with T.Then():
+            _tiles(x, weight, bias, out, sizes, SMALL_TILE)
+        with T.Else():
+            _tiles(x, weight, bias, out, sizes, sizes.tile)
+
+
+def _tiles(x, weight, bias, out, sizes: Sizes, tile: int) -> None:
+    """Rows in tiles of `tile`."""
+    n = x.shape[0]
     tiles = T.Bind(T.ceildiv(n, tile))
     row_blocks = T.Bind(T.max(T.ceildiv(tiles, BLOCK_ROWS // tile), 1))
     height = T.Bind(T.ceildiv(tiles, row_blocks))
-    x_tiles = T.alloc_buffer((tiles, sizes.inputs, tile), "float32")
-    with T.parallel(tiles) as t, T.serial(sizes.inputs) as k:
+    x_tiles = T.alloc_buffer((tiles, weight.positions, tile), "float32")
+    with T.parallel(tiles) as t, T.serial(weight.positions) as k:
         for r in range(tile):
-            T.buffer_store(x_tiles, _float32(x[T.min(t * tile + r, n - 1), k]), [t, k, r])
-    with T.parallel(-(-sizes.panels // sizes.group) * row_blocks) as task:
+            T.buffer_store(x_tiles, weight.x_at(x, T.min(t * tile + r, n - 1), k), [t, k, r])
+    with T.parallel(sizes.tasks * row_blocks) as task:
         first_panel = T.Bind(task // row_blocks * sizes.group)
         first_tile = T.Bind(task % row_blocks * height)
         group = T.min(sizes.group, sizes.panels - first_panel)
         height = T.min(height, tiles - first_tile)
         sums = T.alloc_buffer((sizes.group, BLOCK_ROWS // tile, tile, sizes.width), "float32")
-        values = None if direct else T.alloc_buffer((sizes.block, sizes.width), "float32")
-        with T.serial(sizes.blocks) as block, T.serial(group) as p:
-            first = block * sizes.block
-            count = T.min(sizes.block, sizes.inputs - first)
+        values = None if weight.is_direct(tile) else T.alloc_buffer((weight.block, sizes.width), "float32")
+        with T.serial(-(-weight.positions // weight.block)) as block, T.serial(group) as p:
+            first = block * weight.block
+            count = T.min(weight.block, weight.positions - first)
             if values is not None:
-                with T.serial(count) as k, T.vectorized(sizes.width) as j:
-                    T.buffer_store(values, _float32(weight[first_panel + p, first + k, j]), [k, j])
+                weight.read(values, first_panel + p, first, count)
             with T.serial(height) as t:
                 low, high = _tile_sums(x_tiles, first_tile + t, weight, first_panel + p, first, count, values)
                 _add_to(sums, (p, t), low, high, is_first=block == 0)
         with T.serial(height) as t, T.serial(T.min(tile, n - (first_tile + t) * tile)) as r, T.serial(group) as p:
             row = (first_tile + t) * tile + r
-            _store(out, row, first_panel + p, lambda j: sums[p, t, r, j], bias, sizes)
+            store(out, row, first_panel + p, lambda j: sums[p, t, r, j], bias, sizes)
 
 
 def _tile_sums(x_tiles, tile, weight, panel, first, count, values):
     """Products of a tile of rows and a block of a panel, summed over the block: each row's low and high half.
 
-    first, count: the block's inputs
+    first, count: the block's positions
     values: the block in float32, or None to take it from the weight
     """
-    rows, half = int(x_tiles.shape[2]), int(weight.shape[2]) // 2
+    rows, half = int(x_tiles.shape[2]), weight.width // 2
     # Two buffers: TVM keeps only small ones on the stack, from where LLVM makes them registers.
     low, high = T.alloc_buffer((rows, half), "float32"), T.alloc_buffer((rows, half), "float32")
     for r in range(rows):
@@ -188,12 +210,12 @@ def _tile_sums(x_tiles, tile, weight, panel, first, count, values):
                 T.buffer_store(sums, T.float32(0), [r, j])
     with T.serial(count) as k:
         # Tiles that read the weight keep ahead of it; otherwise the next panel comes while this one is used.
-        ahead = weight[panel, first + k + AHEAD, 0] if values is None else weight[panel + 1, first + k, 0]
-        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(ahead), 0, 3, 1))
+        ahead = weight.address(panel, first + k + AHEAD) if values is None else weight.address(panel + 1, first + k)
+        prefetch(ahead)
         for r in range(rows):
             for offset, sums in ((0, low), (half, high)):
                 with T.vectorized(half) as j:
-                    value = _float32(weight[panel, first + k, offset + j]) if values is None else values[k, offset + j]
+                    value = weight.vector(panel, first + k, offset + j) if values is None else values[k, offset + j]
                     T.buffer_store(sums, sums[r, j] + x_tiles[tile, first + k, r] * value, [r, j])
     return low, high
 
@@ -216,11 +238,38 @@ def _add_to(sums, at, low, high, is_first) -> None:
             store(lambda new, old: old + new)
 
 
-def _store(out, row, panel, value, bias, sizes: Sizes) -> None:
+def panels_of(task, sizes: Sizes) -> list[Any]:
+    """The panels of a task of one row. Past the last panel the last one is taken again.
+
+    The next task's lie behind them: a thread, which takes tasks in a row, reads on where it is."""
+    return [T.min(p * sizes.tasks + task, sizes.panels - 1) for p in range(sizes.group)]
+
+
+def prefetch(address) -> None:
+    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, 0, 3, 1))  # to be read, kept close, as data
+
+
+def clear(sums) -> None:
+    """Zeros, a vector for each of the first two indices."""
+    for p, s in product(range(int(sums.shape[0])), range(int(sums.shape[1]))):
+        with T.vectorized(sums.shape[2]) as j:
+            T.buffer_store(sums, T.float32(0), [p, s, j])
+
+
+def store_parts(out, panels: list[Any], sums, bias, sizes: Sizes) -> None:
+    """Writes one row's outputs of some panels, each summed in parts: sums [panels, parts, width]."""
+    for p, panel in enumerate(panels):
+        for s in range(1, int(sums.shape[1])):
+            with T.vectorized(sizes.width) as j:
+                T.buffer_store(sums, sums[p, 0, j] + sums[p, s, j], [p, 0, j])
+        store(out, 0, panel, lambda j, p=p: sums[p, 0, j], bias, sizes)
+
+
+def store(out, row, panel, value, bias, sizes: Sizes) -> None:
     """Writes one row of a panel's outputs, without the padding: value(j), plus the bias."""
     first = panel * sizes.width
     with T.serial(T.min(sizes.width, sizes.outputs - first)) as j:
-        total = value(j) if bias is None else value(j) + _float32(bias[first + j])
+        total = value(j) if bias is None else value(j) + float32(bias[first + j])
         T.buffer_store(out, T.cast(total, sizes.out_dtype), [row, first + j])
 
 
@@ -228,5 +277,5 @@ def _padded(n, tile: int):
     return T.ceildiv(n, tile) * tile
 
 
-def _float32(value):
+def float32(value):
     return T.cast(value, "float32")

@@ -2,6 +2,7 @@
 
 Pages are [num_pages, 2, num_kv_heads, page_size, head_dim], keys at 0 and values at 1; a position in the page
 table is page · page_size + slot. Page sizes are free.
+[QUANTIZED_KV] Heads are entries of the cache here (kv_layout.py), which are moved as they are.
 """
 
 from functools import cache
@@ -9,10 +10,18 @@ from types import SimpleNamespace
 
 from tvm.script import tirx as T
 
+from .kv_entries import floats
+from .kv_layout import entry_size, query_entries
+
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
+
 
 @cache
 def page_functions(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str) -> SimpleNamespace:
     """The functions split, append, copy_page, compact, get and merge for the cache's slots."""
+    if QUANTIZED_KV:
+        outputs = num_heads, head_dim
+        num_heads, head_dim = query_entries(num_heads, head_dim), entry_size(head_dim)
 
     @T.prim_func(private=True, s_tir=True)
     def split(
@@ -125,20 +134,29 @@ def page_functions(num_heads: int, num_kv_heads: int, head_dim: int, dtype: str)
         lse = T.match_buffer(lse_handle, (n, num_heads), "float32")
         other = T.match_buffer(other_handle, (n, num_heads, head_dim), dtype)
         other_lse = T.match_buffer(other_lse_handle, (n, num_heads), "float32")
+        if QUANTIZED_KV:
+            out_floats = floats(out, *outputs)
+            other_floats = floats(other, *outputs)
         for i in T.parallel(n):
-            for h in T.serial(num_heads):
+            for h in T.serial(outputs[0] if QUANTIZED_KV else num_heads):
                 # A row that no part has seen: -inf minus -inf would be NaN.
                 top: T.let[T.float32] = T.max(T.max(lse[i, h], other_lse[i, h]), T.float32(-1e30))
                 weight: T.let[T.float32] = T.exp2(lse[i, h] - top)
                 other_weight: T.let[T.float32] = T.exp2(other_lse[i, h] - top)
                 total: T.let[T.float32] = weight + other_weight
                 share: T.let[T.float32] = T.Select(total > T.float32(0), weight / total, T.float32(0))
-                for d in T.vectorized(head_dim):
-                    out[i, h, d] = T.cast(
-                        T.cast(out[i, h, d], "float32") * share
-                        + T.cast(other[i, h, d], "float32") * (T.float32(1) - share),
-                        dtype,
-                    )
+                if QUANTIZED_KV:
+                    for d in T.vectorized(outputs[1]):
+                        out_floats[i, h, d] = out_floats[i, h, d] * share + other_floats[i, h, d] * (
+                            T.float32(1) - share
+                        )
+                else:
+                    for d in T.vectorized(head_dim):
+                        out[i, h, d] = T.cast(
+                            T.cast(out[i, h, d], "float32") * share
+                            + T.cast(other[i, h, d], "float32") * (T.float32(1) - share),
+                            dtype,
+                        )
                 lse[i, h] = top + T.log2(total)
 
     return SimpleNamespace(split=split, append=append, copy_page=copy_page, compact=compact, get=get, merge=merge)

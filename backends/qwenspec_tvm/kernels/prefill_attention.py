@@ -11,7 +11,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from .attention_parts import FAR, LOG2_E, NO_KEY, copy_row, exp2, num_keys, reach
+from .kv_entries import floats
+from .kv_layout import entry_size, query_entries
 
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
 ROWS = 64  # of a tile at least, where a sequence has so many
 KEYS = 64  # of a block
 STEP = 4  # keys, or dimensions, at once: with two vectors of rows each, eight independent sums
@@ -28,7 +31,10 @@ def prefill_attention(
     tree: queries over the new keys of the same sequence, each token seeing its ancestors in a token tree
     All: with sm_scale < 0 a token at position p sees only p - window + 1 and later, and the scale is -sm_scale.
     Each writes softmax(scale · q Kᵀ) V and the log2 of the softmax's sum; 0 and -inf for a row without keys.
+    [QUANTIZED_KV] dtype: of the entries that everything lies in
     """
+    if QUANTIZED_KV:
+        carriers, entry = query_entries(num_heads, head_dim), entry_size(head_dim)
     group = num_heads // num_kv_heads
     width = 2 * lanes
     strips = max(-(-ROWS // width), -(-group // width))
@@ -192,7 +198,10 @@ def prefill_attention(
                 share: T.let[T.float32] = T.float32(1) / T.Select(some, sum_r, T.float32(1))
                 token: T.let[T.int32] = start + r // group
                 for d in T.serial(head_dim):
-                    out[token, head * group + r % group, d] = T.cast(outs[strip, d, lane_r] * share, dtype)
+                    if QUANTIZED_KV:
+                        out[token, head * group + r % group, d] = outs[strip, d, lane_r] * share
+                    else:
+                        out[token, head * group + r % group, d] = T.cast(outs[strip, d, lane_r] * share, dtype)
                 lse[token, head * group + r % group] = T.Select(
                     some, peak[strip, lane_r] + T.log2(sum_r), T.float32(-float("inf"))
                 )
@@ -221,16 +230,20 @@ def prefill_attention(
         num_pages = T.int64()
         page_size = T.int64()
         num_indices = T.int64()
-        q = T.match_buffer(q_handle, (n, num_heads, head_dim), dtype)
+        q = T.match_buffer(q_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
         q_indptr = T.match_buffer(q_indptr_handle, (batch + 1,), "int32", elem_offset=T.int64())
-        pages = T.match_buffer(pages_handle, (num_pages, 2, num_kv_heads, page_size, head_dim), dtype)
+        pages = T.match_buffer(
+            pages_handle, (num_pages, 2, num_kv_heads, page_size, entry if QUANTIZED_KV else head_dim), dtype
+        )
         page_indptr = T.match_buffer(page_indptr_handle, (batch + 1,), "int32", elem_offset=T.int64())
         page_indices = T.match_buffer(page_indices_handle, (num_indices,), "int32", elem_offset=T.int64())
         last_page_lens = T.match_buffer(last_page_lens_handle, (batch,), "int32", elem_offset=T.int64())
         first_positions = T.match_buffer(first_positions_handle, (batch,), "int32", elem_offset=T.int64())
         q_positions = T.match_buffer(q_positions_handle, (n,), "int32", elem_offset=T.int64())
-        out = T.match_buffer(out_handle, (n, num_heads, head_dim), dtype)
-        lse = T.match_buffer(lse_handle, (n, num_heads), "float32")
+        out = T.match_buffer(out_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
+        lse = T.match_buffer(lse_handle, (n, carriers if QUANTIZED_KV else num_heads), "float32")
+        if QUANTIZED_KV:
+            q_floats, out_floats = floats(q, num_heads, head_dim), floats(out, num_heads, head_dim)
         slots: T.let[T.int32] = T.cast(page_size, "int32")
         lengths = T.alloc_buffer((batch,), "int32")
         for s in T.serial(T.cast(batch, "int32")):
@@ -243,7 +256,12 @@ def prefill_attention(
             copy_row(k, j, pages, (T.cast(page, "int64"), 0, head, slot), head_dim, lanes)
             copy_row(v, j, pages, (T.cast(page, "int64"), 1, head, slot), head_dim, lanes)
 
-        attend(q, q_indptr, q_positions, lengths, first_positions, None, None, out, lse, sm_scale, load)
+        if QUANTIZED_KV:
+            attend(
+                q_floats, q_indptr, q_positions, lengths, first_positions, None, None, out_floats, lse, sm_scale, load
+            )
+        else:
+            attend(q, q_indptr, q_positions, lengths, first_positions, None, None, out, lse, sm_scale, load)
 
     @T.prim_func(private=True, s_tir=True)
     def ragged(
@@ -265,15 +283,17 @@ def prefill_attention(
         T.func_attr({"tirx.is_scheduled": True, "tirx.noalias": True})
         n = T.int64()
         batch = T.int64()
-        q = T.match_buffer(q_handle, (n, num_heads, head_dim), dtype)
+        q = T.match_buffer(q_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
         q_indptr = T.match_buffer(q_indptr_handle, (batch + 1,), "int32", elem_offset=T.int64())
-        k_data = T.match_buffer(k_handle, (n, num_kv_heads, head_dim), dtype)
-        v_data = T.match_buffer(v_handle, (n, num_kv_heads, head_dim), dtype)
+        k_data = T.match_buffer(k_handle, (n, num_kv_heads, entry if QUANTIZED_KV else head_dim), dtype)
+        v_data = T.match_buffer(v_handle, (n, num_kv_heads, entry if QUANTIZED_KV else head_dim), dtype)
         kv_indptr = T.match_buffer(kv_indptr_handle, (batch + 1,), "int32", elem_offset=T.int64())
         q_positions = T.match_buffer(q_positions_handle, (n,), "int32", elem_offset=T.int64())
         first_positions = T.match_buffer(first_positions_handle, (batch,), "int32", elem_offset=T.int64())
-        out = T.match_buffer(out_handle, (n, num_heads, head_dim), dtype)
-        lse = T.match_buffer(lse_handle, (n, num_heads), "float32")
+        out = T.match_buffer(out_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
+        lse = T.match_buffer(lse_handle, (n, carriers if QUANTIZED_KV else num_heads), "float32")
+        if QUANTIZED_KV:
+            q_floats, out_floats = floats(q, num_heads, head_dim), floats(out, num_heads, head_dim)
         lengths = T.alloc_buffer((batch,), "int32")
         for s in T.serial(T.cast(batch, "int32")):
             lengths[s] = kv_indptr[s + 1] - kv_indptr[s]
@@ -283,7 +303,12 @@ def prefill_attention(
             copy_row(k, j, k_data, (kv_indptr[sequence] + key, head), head_dim, lanes)
             copy_row(v, j, v_data, (kv_indptr[sequence] + key, head), head_dim, lanes)
 
-        attend(q, q_indptr, q_positions, lengths, first_positions, None, None, out, lse, sm_scale, load)
+        if QUANTIZED_KV:
+            attend(
+                q_floats, q_indptr, q_positions, lengths, first_positions, None, None, out_floats, lse, sm_scale, load
+            )
+        else:
+            attend(q, q_indptr, q_positions, lengths, first_positions, None, None, out, lse, sm_scale, load)
 
     @T.prim_func(private=True, s_tir=True)
     def tree(
@@ -306,16 +331,18 @@ def prefill_attention(
         n = T.int64()
         bounds = T.int64()
         nodes = T.int64()
-        q = T.match_buffer(q_handle, (n, num_heads, head_dim), dtype)
+        q = T.match_buffer(q_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
         q_indptr = T.match_buffer(q_indptr_handle, (bounds,), "int32", elem_offset=T.int64())
-        k_data = T.match_buffer(k_handle, (n, num_kv_heads, head_dim), dtype)
-        v_data = T.match_buffer(v_handle, (n, num_kv_heads, head_dim), dtype)
+        k_data = T.match_buffer(k_handle, (n, num_kv_heads, entry if QUANTIZED_KV else head_dim), dtype)
+        v_data = T.match_buffer(v_handle, (n, num_kv_heads, entry if QUANTIZED_KV else head_dim), dtype)
         kv_indptr = T.match_buffer(kv_indptr_handle, (bounds,), "int32", elem_offset=T.int64())
         q_positions = T.match_buffer(q_positions_handle, (n,), "int32", elem_offset=T.int64())
         mask_indptr = T.match_buffer(mask_indptr_handle, (bounds,), "int32", elem_offset=T.int64())
         mask = T.match_buffer(mask_handle, (nodes, 2), "int32", elem_offset=T.int64())
-        out = T.match_buffer(out_handle, (n, num_heads, head_dim), dtype)
-        lse = T.match_buffer(lse_handle, (n, num_heads), "float32")
+        out = T.match_buffer(out_handle, (n, carriers, entry) if QUANTIZED_KV else (n, num_heads, head_dim), dtype)
+        lse = T.match_buffer(lse_handle, (n, carriers if QUANTIZED_KV else num_heads), "float32")
+        if QUANTIZED_KV:
+            q_floats, out_floats = floats(q, num_heads, head_dim), floats(out, num_heads, head_dim)
         lengths = T.alloc_buffer((bounds,), "int32")
         firsts = T.alloc_buffer((bounds,), "int32")
         for s in T.serial(T.cast(bounds, "int32") - 1):
@@ -327,6 +354,9 @@ def prefill_attention(
             copy_row(k, j, k_data, (kv_indptr[sequence] + key, head), head_dim, lanes)
             copy_row(v, j, v_data, (kv_indptr[sequence] + key, head), head_dim, lanes)
 
-        attend(q, q_indptr, q_positions, lengths, firsts, mask, mask_indptr, out, lse, sm_scale, load)
+        if QUANTIZED_KV:
+            attend(q_floats, q_indptr, q_positions, lengths, firsts, mask, mask_indptr, out_floats, lse, sm_scale, load)
+        else:
+            attend(q, q_indptr, q_positions, lengths, firsts, mask, mask_indptr, out, lse, sm_scale, load)
 
     return paged, ragged, tree

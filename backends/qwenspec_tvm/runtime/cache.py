@@ -16,11 +16,13 @@ import tvm
 from tvm_ffi import Shape
 
 from .config import Config
+from .kernels.kv_layout import entry_size, query_entries
 from .sequences import CachedSequence, Forward, Sequences
 
 SLIDING = True  # flag: some layer has a sliding window
 EVERY_LAYER_SLIDES = True  # flag: and they all have the same
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
 
 GPU_PAGE_SIZE = 16  # of TVM's own attention kernels, which run on GPUs
 
@@ -175,6 +177,8 @@ class PagedKVCache:
         they are read back, and cached once more by an attention whose result is dropped, each in its new place."""
         config = self._config
         heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        if QUANTIZED_KV:
+            heads, head_dim = query_entries(heads, head_dim), entry_size(head_dim)
         parts = []
         for tvm_id, sequence, path in zip(self._tree_ids, sequences, paths, strict=True):
             assert sequence.tree is not None

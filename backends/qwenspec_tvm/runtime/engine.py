@@ -20,12 +20,14 @@ from tvm_ffi import Shape
 from .cache import PagedKVCache
 from .checkpoint import open_checkpoint
 from .config import Config
+from .kernels.kv_layout import ENTRY_DTYPE
 from .library import Library, find_library, read_library, title
 from .rope import inverse_frequencies
 from .targets import BuildError, find_device, find_target, usable_cores
 from .weights import aligned_copy, load_parameters, share
 
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
 
 Ids: TypeAlias = "Sequence[int] | np.ndarray"  # integers [n]
 Embeds: TypeAlias = "Tensor | np.ndarray"  # in the model's dtype, or of numpy in any that can be rounded to it
@@ -107,7 +109,10 @@ class Model:
         if support_sliding_window:
             raise ValueError("support_sliding_window: this package keeps the pages behind a window; leave it out")
         sizes = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size)
-        arguments: tuple[Any, ...] = (self._methods["create_paged_kv_cache"], *sizes, self.dtype, self.device)
+        if not QUANTIZED_KV:
+            arguments: tuple[Any, ...] = (self._methods["create_paged_kv_cache"], *sizes, self.dtype, self.device)
+        else:
+            arguments = (self._methods["create_paged_kv_cache"], *sizes, ENTRY_DTYPE, self.device)
         if DYNAMIC_ROPE:
             arguments += (functools.partial(inverse_frequencies, self.config),)
         return PagedKVCache(self.config, *arguments)

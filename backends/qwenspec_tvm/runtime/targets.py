@@ -13,6 +13,7 @@ import tvm
 from tvm.runtime import Device
 from tvm.target import Target, codegen
 
+QUANTIZED_KV = False  # flag: keys and values are cached quantised
 DEFAULT_ARCH = "sm_90"  # where no GPU tells its own
 CUDA = {
     "max_num_threads": 1024,
@@ -115,6 +116,11 @@ def _llvm_target(config: dict[str, Any]) -> Target:
 
 
 def _cuda_target(config: dict[str, Any]) -> Target:
+    if QUANTIZED_KV:
+        raise BuildError(
+            "a quantised KV cache works on CPUs alone here, for on GPUs attention is TVM's, which reads none: take "
+            "device 'cpu', or a package that qwenspec generated with --kv-cache none"
+        )
     # The host's part only launches kernels: compiled for any CPU of this architecture.
     return Target({"arch": DEFAULT_ARCH, **CUDA, "host": {"kind": "llvm"}, **config})
 

@@ -14,6 +14,13 @@ from tvm.runtime import Device, Tensor
 
 from .checkpoint import Checkpoint, Parameter
 from .kernels.panels import pack_into
+from .kernels.quantized_panels import Layout, store_scales, store_values, store_zeros
+from .quantized import QuantizedMatrix
+
+QUANTIZED = True  # flag: some matrices are quantised
+FP8 = True  # flag: … in float8
+ZERO_POINTS = True  # flag: … with zero points
+ACT_ORDER = True  # flag: … with an order of their inputs
 
 ALIGNMENT = 64  # of every parameter, which compiled code relies on
 
@@ -21,15 +28,14 @@ ALIGNMENT = 64  # of every parameter, which compiled code relies on
 def load_parameters(checkpoint: Checkpoint, described: Sequence[dict[str, Any]], device: Device) -> list[Tensor]:
     """Every parameter as a library's metadata describe it: {name, shape, dtype}, in their order.
 
-    A matrix [out, in] that is described by three sizes is packed in panels as it is read."""
-    parameters = {parameter.name: parameter for parameter in checkpoint.parameters}
+    A matrix [out, in] that is described by three sizes is packed in panels as it is read.
+    [QUANTIZED] A quantised one is several parameters: its values, scales and more."""
     if device.type == "cpu":
         memory = _memory([_size(one) for one in described])
-        return [_read(checkpoint, parameters[one["name"]], one, next(memory)) for one in described]
+        return [_read(checkpoint, one, next(memory)) for one in described]
     tensors = []
     for one in described:  # through the host's memory one at a time
-        buffer = next(_memory([_size(one)]))
-        tensors.append(_read(checkpoint, parameters[one["name"]], one, buffer).copyto(device))
+        tensors.append(_read(checkpoint, one, next(_memory([_size(one)]))).copyto(device))
     return tensors
 
 
@@ -50,17 +56,51 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _read(checkpoint: Checkpoint, parameter: Parameter, described: dict[str, Any], buffer: np.ndarray) -> Tensor:
+def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray) -> Tensor:
     """One parameter in a zeroed buffer of bytes, which the tensor keeps alive."""
-    dtype = np.dtype(ml_dtypes.bfloat16 if described["dtype"] == "bfloat16" else described["dtype"])
-    array = buffer.view(dtype).reshape(described["shape"])
-    packed = len(described["shape"]) > len(parameter.shape)
+    array = buffer.view(_dtype(described)).reshape(described["shape"])
+    if QUANTIZED:
+        name, _, content = described["name"].rpartition(".")
+        if matrix := next((matrix for matrix in checkpoint.matrices if matrix.name == name), None):
+            _fill_quantized(array, matrix, content)
+            return share(array)
+    parameter = next(parameter for parameter in checkpoint.parameters if parameter.name == described["name"])
+    _fill(array, checkpoint, parameter)
+    return share(array)
+
+
+def _fill(array: np.ndarray, checkpoint: Checkpoint, parameter: Parameter) -> None:
+    packed = array.ndim > len(parameter.shape)
     for row, piece in checkpoint.pieces(parameter, "np"):
         if packed:
-            pack_into(array, _cast(piece, dtype), row)
+            pack_into(array, _cast(piece, array.dtype), row)
         else:
-            array[row : row + len(piece)] = _cast(piece, dtype)
-    return share(array)
+            array[row : row + len(piece)] = _cast(piece, array.dtype)
+
+
+if QUANTIZED:
+
+    def _fill_quantized(array: np.ndarray, matrix: QuantizedMatrix, content: str) -> None:
+        """A parameter of kernels/quantized.py's QuantizedWeight: what it is called there."""
+        if content == "values":
+            layout = _layout(matrix, array)
+            for row, q in matrix.pieces():
+                store_values(array, q, row, layout)
+        elif content == "scales":
+            scales = matrix.scales()
+            if FP8:
+                scales = np.repeat(scales, matrix.format["block"][0], axis=0)[: matrix.shape[0]]
+            store_scales(array, scales)
+        elif ZERO_POINTS and content == "zeros":
+            store_zeros(array, matrix.zeros())
+        elif ACT_ORDER and content == "order":
+            array[:] = matrix.order()
+
+    def _layout(matrix: QuantizedMatrix, values: np.ndarray) -> Layout:
+        width = values.shape[2] if values.ndim == 3 else None
+        if FP8:
+            return Layout(*matrix.shape, 8, matrix.format["block"][1], width)
+        return Layout(*matrix.shape, matrix.format["bits"], matrix.format["group_size"], width)
 
 
 def _cast(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
@@ -85,4 +125,8 @@ def _memory(sizes: Sequence[int]) -> Iterator[np.ndarray]:
 
 
 def _size(described: dict[str, Any]) -> int:
-    return math.prod(described["shape"]) * (4 if described["dtype"] == "float32" else 2)
+    return math.prod(described["shape"]) * _dtype(described).itemsize
+
+
+def _dtype(described: dict[str, Any]) -> np.dtype:
+    return np.dtype(ml_dtypes.bfloat16 if described["dtype"] == "bfloat16" else described["dtype"])

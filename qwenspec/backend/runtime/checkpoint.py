@@ -59,8 +59,11 @@ class Checkpoint:
             for start in range(0, rows, step):
                 # Opened anew for each piece: closing the file drops its pages, which count as this process's memory.
                 with safe_open(found.file, framework=framework) as tensors:
-                    if STORED_KV_SCALES and not found.shape:
-                        yield row, tensors.get_tensor(tensor).reshape(1)
+                    if STORED_KV_SCALES and parameter.shape == (1,):
+                        scale = tensors.get_tensor(tensor).reshape(1)
+                        if not 0 < scale.item() < math.inf:
+                            raise CheckpointError(f"{tensor} is {scale.item():g}, and a scale is above 0")
+                        yield 0, scale
                     else:
                         yield row + start, tensors.get_slice(tensor)[start : min(start + step, rows)]
             row += rows
@@ -118,9 +121,7 @@ def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allow
         if found is None:
             if not tensor.optional:
                 problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
-        elif STORED_KV_SCALES and not found.shape and tensor.shape == (1,):
-            continue
-        elif found.shape != tensor.shape:
+        elif found.shape != tensor.shape and (not STORED_KV_SCALES or found.shape or tensor.shape != (1,)):
             needed = f"{parameter} needs {list(tensor.shape)}"
             problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
         elif found.dtype not in tensor.dtypes:

@@ -63,9 +63,12 @@ class QuantizedMatrix:
         [ACT_ORDER] Columns are sorted by group, as `order` says."""
         row = 0
         for source in self.sources:
-            step = max(8, PIECE // self.shape[1] // 8 * 8)  # whole words
+            # Whole words; unpacking and packing anew take several times as much.
+            step = max(8, PIECE // (8 * self.shape[1]) // 8 * 8)
             for start in range(0, source.rows, step):
                 values = self._rows(source, slice(start, min(start + step, source.rows)))
+                if PACKING == "fp8" and (values & 0x7F == 0x7F).any():
+                    raise CheckpointError(f"{self.name}: a value is not a number")
                 yield row + start, np.ascontiguousarray(values)
             row += source.rows
 
@@ -152,7 +155,11 @@ class QuantizedMatrix:
             if PACKING == "awq":
                 return _nibbles(words).T
             points = _split(words, self.format["bits"]).T
-            return points + np.uint8(1) if GPTQ_V1 else points
+            if GPTQ_V1:
+                if points.max() == 255:  # of 8 bits
+                    raise CheckpointError(f"{source.tensors['qzeros'].name}: a zero point of 256 is beyond 8 bits")
+                return points + np.uint8(1)
+            return points
 
     def _read(self, source: Source, suffix: str, *index: slice) -> np.ndarray:
         return read_raw(self.stored, source.tensors[suffix].name, *index)

@@ -34,6 +34,8 @@ _TYPES = {
     torch.bfloat16: "bf16",
     torch.float16: "fp16",
     torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }
@@ -89,6 +91,20 @@ def record(module: ModuleType, target: str, call: Callable[[], object]) -> list[
     with mock.patch("triton.runtime.jit.JITFunction.run", run), mock.patch.multiple(module, **present):
         call()
     return launches
+
+
+def assembly(compiled: Any) -> str:
+    text: str = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
+    return text
+
+
+def page_addresses(ttir: str) -> list[str]:
+    """The first additions to the base addresses of a cache's pages and scales."""
+    bases = re.findall(r"(%\S+) = tt\.splat %[kv]_(?:pages|scales)_ptr", ttir)
+    found = [line for line in ttir.splitlines() if any(f"tt.addptr {base}," in line for base in bases)]
+    assert len(found) >= len(bases)
+    assert bool(bases) == ("_pages_ptr" in ttir)
+    return found
 
 
 @dataclass(frozen=True)

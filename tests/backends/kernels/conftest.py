@@ -10,5 +10,4 @@ import os
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_interpreted, _others = "test_kernels_interpreter.py", ("test_kernels_aot.py", "test_kernels_cpu.py")
-collect_ignore = list(_others) if INTERPRETED else [_interpreted]
+collect_ignore_glob = ["test_*_aot.py", "test_*_cpu.py"] if INTERPRETED else ["test_*_interpreter.py"]

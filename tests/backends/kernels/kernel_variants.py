@@ -25,8 +25,21 @@ FLAGS: dict[str, dict[str, tuple[bool | str, ...]]] = {
     "decode_attention": {"SLIDING": (False, True)},
     "prefill_attention": {"SLIDING": (False, True)},
     "activation": {"ACTIVATION": ("silu", "relu", "gelu", "gelu_tanh")},
+    "int_linear": {"BITS": ("4", "8")} | dict.fromkeys(("GROUPS", "ZERO_POINTS", "ACT_ORDER", "BIAS"), (False, True)),
+    "int_matrix": {"BITS": ("4", "8")} | dict.fromkeys(("GROUPS", "ZERO_POINTS", "ACT_ORDER", "LOOKUP"), (False, True)),
+    "fp8_linear": dict.fromkeys(("DYNAMIC_ACTIVATIONS", "BIAS"), (False, True)),
+    "fp8_matrix": {},
+    "columns": {},
+    "e4m3": {},
     "dispatch": {},
     "paged": {},
+}
+# What a KV cache is quantised to; empty: nothing.
+KV_FLAGS: dict[str, dict[str, bool | str]] = {
+    "": {"QUANTIZED_KV": False, "KV_DTYPE": "", "TOKEN_SCALES": False, "STORED_KV_SCALES": False},
+    "int8": {"QUANTIZED_KV": True, "KV_DTYPE": "int8", "TOKEN_SCALES": True, "STORED_KV_SCALES": False},
+    "fp8": {"QUANTIZED_KV": True, "KV_DTYPE": "fp8_e4m3", "TOKEN_SCALES": True, "STORED_KV_SCALES": False},
+    "fp8_stored": {"QUANTIZED_KV": True, "KV_DTYPE": "fp8_e4m3", "TOKEN_SCALES": False, "STORED_KV_SCALES": True},
 }
 
 
@@ -45,31 +58,51 @@ def _import(name: str, path: Path) -> ModuleType:
     return module
 
 
-fold = _import("_qwenspec_fold", ROOT / "qwenspec" / "backend" / "fold.py").fold
+_fold = _import("_qwenspec_fold", ROOT / "qwenspec" / "backend" / "fold.py")
 
 
-def folded(file: str, **flags: bool | str) -> str:
+def folded(file: str, kv: str = "", **flags: bool | str) -> str:
     """The text of a kernel file for one variant."""
-    text: str = fold((BACKEND / "kernels" / f"{file}.py").read_text(encoding="utf-8"), flags)
+    source = (BACKEND / "kernels" / f"{file}.py").read_text(encoding="utf-8")
+    declared = _fold.declared_flags(source)
+    text: str = _fold.fold(source, flags | {name: value for name, value in KV_FLAGS[kv].items() if name in declared})
     return text
 
 
 @cache
-def _package() -> Path:
+def _package(kv: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix="kernels"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    (folder / "folded").mkdir()
-    (folder / "folded" / "__init__.py").write_text("", encoding="utf-8")
-    for file in ("dispatch", "paged"):
-        (folder / "folded" / f"{file}.py").write_text(folded(file), encoding="utf-8")
+    package = folder / f"folded{kv}"
+    package.mkdir()
+    (package / "__init__.py").write_text("", encoding="utf-8")
+    for file in [*(file for file, flags in FLAGS.items() if not flags), *(["quantized_kv"] if kv else [])]:
+        (package / f"{file}.py").write_text(folded(file, kv), encoding="utf-8")
+    # One variant for all that import it, which they do for its type alone.
+    (package / "int_matrix.py").write_text(folded("int_matrix", **combinations("int_matrix")[-1]), encoding="utf-8")
     sys.path.insert(0, str(folder))
-    return folder / "folded"
+    return package
 
 
 @cache
-def load(file: str, **flags: bool | str) -> ModuleType:
+def load(file: str, kv: str = "", **flags: bool | str) -> ModuleType:
     """A variant of a kernel file as a module."""
-    name = "_".join([file, *(str(value) for value in flags.values())])
-    path = _package() / f"{name}.py"
-    path.write_text(folded(file, **flags), encoding="utf-8")
-    return importlib.import_module(f"folded.{name}")
+    return _import_from(_package(kv), file, folded(file, kv, **flags), *flags.values())
+
+
+def load_mistaken(right: str, wrong: str, file: str, kv: str = "", **flags: bool | str) -> ModuleType:
+    """The variant with a mistake planted in its text, or in that of a file that a quantised KV cache takes."""
+    package = Path(tempfile.mkdtemp(prefix="mistaken", dir=_package(kv).parent))
+    shutil.copytree(_package(kv), package, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    texts = {name: folded(name, kv) for name in ("quantized_kv", "e4m3") if kv} | {file: folded(file, kv, **flags)}
+    assert sum(right in text for text in texts.values()) == 1, f"{right!r} is not in one of {list(texts)}"
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text.replace(right, wrong), encoding="utf-8")
+    return _import_from(package, file, texts[file].replace(right, wrong))
+
+
+def _import_from(package: Path, file: str, text: str, *variant: bool | str) -> ModuleType:
+    name = "_".join([file, *map(str, variant)])
+    (package / f"{name}.py").write_text(text, encoding="utf-8")
+    importlib.invalidate_caches()
+    return importlib.import_module(f"{package.name}.{name}")

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
-from aot import MAX_REGISTERS, SHARED_MEMORY, TARGETS, Launch, record, resources
+from aot import MAX_REGISTERS, SHARED_MEMORY, TARGETS, Launch, assembly, page_addresses, record, resources
 from kernel_variants import load
 
 pytestmark = pytest.mark.aot
@@ -22,20 +20,6 @@ HEADS, KV_HEADS, HEAD_DIM, PAGES, PAGE_SIZE = 32, 8, 128, 1024, 16
 # Tiles of 16 query heads are too small for the instructions of a warp group.
 TENSOR_CORE_DECODE = dict.fromkeys(("sm_80", "sm_90", "sm_100"), "mma.sync") | {"gfx942": "v_mfma"}
 TENSOR_CORE_PREFILL = TENSOR_CORE_DECODE | {"sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma"}
-
-
-def assembly(compiled: Any) -> str:
-    text: str = compiled.asm["amdgcn" if "amdgcn" in compiled.asm else "ptx"]
-    return text
-
-
-def page_addresses(ttir: str) -> list[str]:
-    """The first additions to the cache's base addresses."""
-    bases = re.findall(r"(%\S+) = tt\.splat %[kv]_pages_ptr", ttir)
-    found = [line for line in ttir.splitlines() if any(f"tt.addptr {base}," in line for base in bases)]
-    assert len(found) >= len(bases)
-    assert bool(bases) == ("_pages_ptr" in ttir)
-    return found
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

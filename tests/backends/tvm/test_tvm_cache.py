@@ -20,7 +20,7 @@ from qwenspec.backend.package import HERE as COMMON
 from qwenspec_tvm.emit import HERE
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 16
-PLAIN = dict.fromkeys(("SLIDING", "EVERY_LAYER_SLIDES", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE"), False)
+PLAIN = dict.fromkeys(("SLIDING", "EVERY_LAYER_SLIDES", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE", "QUANTIZED_KV"), False)
 CONFIG = SimpleNamespace(
     num_hidden_layers=2,
     num_attention_heads=HEADS,

@@ -12,10 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from tvm.relax.frontend import nn
 
 from hf_parity.oracle import QWEN2, QWEN3, tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
+from qwenspec.spec.quantization import Fp8Block, Gptq, Int4, Int8, Quantization
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc, of the CUDA toolkit, is not on PATH")
 
@@ -126,6 +128,49 @@ def test_products_read_weights_as_they_are_and_sum_in_float32(compiled: Compiled
         sums = re.findall(r"alignas\(64\) (\w+) NT_matmul_intermediate\w*\[", text)
         assert sums, name
         assert set(sums) <= {"float", "float2", "float4"}, name
+
+
+# Scheme, bits of a value, what values and scales and zero points are read as.
+QUANTIZED: dict[str, tuple[Quantization, int, tuple[str, ...]]] = {
+    "int4": (Int4(scheme="int4", head="int4"), 4, ("int", "half")),
+    "int8": (Int8(scheme="int8"), 8, ("signed char", "float")),
+    "gptq": (Gptq(scheme="gptq", bits=4, sym=False, desc_act=True), 4, ("int", "half", "uchar")),
+    "fp8": (Fp8Block(scheme="fp8_block"), 8, ("signed char", "float")),
+}
+
+
+@needs_nvcc
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_products_dequantise_in_registers(name: str, tmp_path: Path) -> None:
+    """For one row and for many: one kernel reads what is stored, and nothing of a weight is written but to the chip."""
+    scheme, bits, stored = QUANTIZED[name]
+    outputs, inputs = 512, 256
+    spec = tiny_spec(SIZES, QWEN3).model_copy(update={"quantization": scheme})
+    module = import_package(emit(spec, "tvm", tmp_path))
+    quantized, compiler, cuda = (part(module, name) for name in ("kernels.quantized", "compiler", "cuda"))
+    group = getattr(module.Config, "group_size", None) or getattr(module.Config, "weight_block", (None, None))[1]
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            self.weight = quantized.QuantizedWeight(outputs, inputs, bits, group)
+
+        def product(self, x: nn.Tensor) -> nn.Tensor:
+            return self.weight.linear(x, None)
+
+    target = part(module, "targets").find_target(f"cuda:{ARCH}")
+    for n in (1, "n"):
+        with target:
+            exported, _ = Products().export_tvm({"product": {"x": nn.spec.Tensor([n, inputs], "float16")}})
+        source = cuda.source(compiler.compile_module(exported, target, {}))
+        kernels = compile_source(source, tmp_path).kernels
+        product, *others = sorted(kernels, key=lambda kernel: "NT_matmul" not in kernel)
+        assert not [kernel for kernel in others if not re.match("columns|largest|round_activations", kernel)]
+        assert "dequantized" not in "".join(re.findall(r"(\w+)_ptr[,)]", source))
+        (signature,) = re.findall(rf"\) {product}\(([^{{;]*)\) {{", source)
+        read = re.findall(r"([\w ]+)\* __restrict__ \w*weight_(?:values|scales|zeros)\w*_ptr", signature)
+        assert sorted(kind.strip() for kind in read) == sorted(stored)
+        assert kernels[product].spilled == 0
+        assert kernels[product].shared <= SHARED_MEMORY
 
 
 @needs_nvcc

@@ -39,6 +39,10 @@ FLAGS = {
     "DYNAMIC_ROPE": False,
     "ROUND_TABLES": False,
     "ATTENTION_FACTOR": False,
+    "QUANTIZED_KV": False,
+    "STORED_KV_SCALES": False,
+    "TOKEN_SCALES": False,
+    "KV_DTYPE": "",
 }
 HOST = Target({"kind": "llvm", "mcpu": llvm_get_system_cpu()})
 GENERIC = Target({"kind": "llvm"})  # four lanes

@@ -1,0 +1,32 @@
+"""A matrix of float8 e4m3 with a scale for each block: W[n, k] = q[n, k] · s[n // height, k // width]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Fp8Matrix(nn.Module):
+    """W [out, in], empty until `pack`.
+
+    qweight: uint8 [out, in], the bits of e4m3
+    scales: float32 [ceil(out / height), ceil(in / width)]
+    """
+
+    def __init__(self, out_features: int, in_features: int, block: tuple[int, int]) -> None:
+        super().__init__()
+        self.out_features = out_features
+        self.in_features = in_features
+        self.height, self.width = block
+        self.qweight: Tensor
+        self.scales: Tensor
+
+    def pack(self, matrix: Any, device: torch.device) -> None:
+        """Fill it from a checkpoint's QuantizedMatrix, a few rows at a time."""
+        qweight = torch.empty(self.out_features, self.in_features, dtype=torch.uint8, device=device)
+        for row, values in matrix.pieces():
+            qweight[row : row + len(values)] = torch.tensor(values, device=device)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scales", torch.from_numpy(matrix.scales()).to(device).contiguous())
