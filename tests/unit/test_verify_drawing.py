@@ -21,7 +21,7 @@ from qwenspec.spec.load import load_all
 from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.features import features, schema_features
 from qwenspec.verify.steps import CacheSizes
-from qwenspec.verify.strategies import DTYPES, QUANTIZATIONS, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies import DTYPES, KV_CACHES, QUANTIZATIONS, SCALINGS, cache_sizes, spec_of, specs
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST: dict[str, Any] = {
@@ -39,7 +39,12 @@ SMALLEST: dict[str, Any] = {
 }
 
 
-QUANTIZED = ("quantization.", "shape.quantized=", "shape.last_group=")  # how features of quantised specs begin
+QUANTIZED = (
+    "quantization.",
+    "shape.quantized=",
+    "shape.last_group=",
+    "kv_cache.",
+)  # how features of quantised specs begin
 
 
 def draw_run(scaling: str | None, dtype: str) -> list[Spec]:
@@ -67,6 +72,7 @@ def draw(count: int, number: int = 0, **options: Any) -> list[Spec]:
 def test_specs_say_everything_that_the_schema_can_say() -> None:
     drawn = [spec for kind in (None, *SCALINGS) for dtype in DTYPES for spec in draw_run(kind, dtype)]
     drawn += [spec for scheme in QUANTIZATIONS for n in range(4) for spec in draw(8, n, quantizations=(scheme,))]
+    drawn += [spec for kind in KV_CACHES for spec in draw(6, kv_caches=(kind,))]
     seen = Counter(feature for spec in drawn for feature in features(spec))
     assert set(seen) == schema_features()
     assert min(seen.values()) >= 3, seen.most_common()[-5:]
@@ -200,7 +206,7 @@ def test_specs_of_the_options() -> None:
 
 
 def test_hugging_face_can_say_the_specs_drawn_for_it() -> None:
-    drawn = draw(120, hugging_face=True)
+    drawn = [spec for number in range(4) for spec in draw(40, number, hugging_face=True)]
     assert {export_config(spec)["model_type"] for spec in drawn} == {"qwen2", "qwen3"}
     said = {feature for spec in drawn for feature in features(spec)}
     kinds = ("linear", "dynamic", "yarn", "longrope", "llama3")
