@@ -37,15 +37,15 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "gptq_v1_read_as_v2",
         QUANTIZED,
-        "return points + np.uint8(1) if GPTQ_V1 else points",
+        "return points + np.uint8(1)",
         "return points",
         "zero points are stored minus one",
     ),
     Mutant(
         "gptq_v2_read_as_v1",
         QUANTIZED,
-        "return points + np.uint8(1) if GPTQ_V1 else points",
-        "return points + np.uint8(1)",
+        "return points + np.uint8(1)\n            return points\n",
+        "return points + np.uint8(1)\n            return points + np.uint8(1)\n",
         "gptq_v2 stores zero points as they are",
     ),
     Mutant(

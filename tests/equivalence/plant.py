@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 from mutant import ROOT, TVM, Mutant
 from mutants import MUTANTS
+from mutants_kv import KV_MUTANTS
 from mutants_quantized import QUANTIZED_MUTANTS
 from mutants_quantized_kernels import QUANTIZED_KERNELS
 
@@ -40,8 +41,10 @@ TIME_LIMIT = 1200  # seconds of a stage
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
-WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "quantized", "machines")]
-LOADING, QUANTIZED, FEATURES = ([f"{TESTS}/test_{name}.py"] for name in ("quantized_loading", "quantized", "features"))
+WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "quantized", "kv_cache", "machines")]
+LOADING, QUANTIZED, KV_CACHE, FEATURES = (
+    [f"{TESTS}/test_{name}.py"] for name in ("quantized_loading", "quantized", "kv_cache", "features")
+)
 PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
 TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
 WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]
@@ -81,6 +84,8 @@ def stages(mutant: Mutant | None) -> list[list[str]]:
             return [["-m", "interpreter", *QUANTIZED]]
         backend = "tvm" if mutant.file.startswith(TVM) else "triton"
         return [[*QUANTIZED, "-k", backend], [*QUANTIZED, *FEATURES, "-k", f"not {backend}"]]
+    if mutant in KV_MUTANTS:
+        return [[*KV_CACHE, "-k", "tvm" if mutant.file.startswith(TVM) else "triton"]]
     if mutant is None or mutant.file.startswith("qwenspec/ir/"):
         return [PROPERTIES, TRITON_ALONE, WITH_TVM, INTERPRETER]
     if mutant.interpreted:

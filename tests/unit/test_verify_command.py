@@ -178,12 +178,22 @@ def test_hypothesis_may_be_missing(spec: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_backends_that_cannot_take_part(spec: Path) -> None:
     assert call("verify", spec, "--backend", "cobol").exit_code == 3
-    quantized = call("verify", f"{spec}#tiny-int8")
-    assert quantized.exit_code == 2
-    assert quantized.stderr.count("cannot execute quantization 'int8' yet") == 2
     device = call("verify", spec, "--backend", "triton", "--device", "warp:3")
     assert device.exit_code == 2
     assert "the triton backend cannot use the device `warp:3` here" in device.stderr
+
+
+def test_a_backend_that_cannot_emit_a_spec(spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from qwenspec.backend.registry import find
+    from qwenspec.diagnostics import Diagnostic
+
+    refused = Diagnostic("unsupported", "triton cannot do this yet")
+    monkeypatch.setattr(type(find("triton")), "unsupported", lambda self, model: [refused])
+    for command_line in (["verify", spec, "--backend", "triton"], ["gen", spec, "--out", tmp_path / "packages"]):
+        result = call(*command_line)
+        assert result.exit_code == 2
+        assert "error[unsupported]: triton cannot do this yet" in result.stderr
+    assert not (tmp_path / "packages").exists()
 
 
 def test_a_backend_that_is_not_asked_for_may_be_absent(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
