@@ -113,7 +113,8 @@ def read_raw(stored: dict[str, Stored], name: str, *index: slice) -> np.ndarray:
 
     Mapped for as long as the result lives: safetensors has no float8 for numpy, and reads whole rows alone."""
     found = stored[name]
-    return np.memmap(found.file, DTYPES[found.dtype], "r", _offsets(found.file)[name], found.shape)[index]
+    start = _offsets(found.file, found.file.stat().st_mtime_ns)[name]
+    return np.memmap(found.file, DTYPES[found.dtype], "r", start, found.shape)[index]
 
 
 def _nibbles(words: np.ndarray) -> np.ndarray:
@@ -149,8 +150,8 @@ def _floats(array: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _offsets(file: Path) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins."""
+def _offsets(file: Path, written: int) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins. `written`: when, for another may take its place."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
