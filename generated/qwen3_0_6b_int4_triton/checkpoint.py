@@ -25,6 +25,9 @@ from .stored import FLOATS, PIECE, CheckpointError, Stored, Tensor, read_headers
 __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 
+SHOWN = 20  # reasons in one message
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter and the (checkpoint tensor, rows) that fill it."""
@@ -72,8 +75,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     allowed += manifest["zero_tensors"]
     problems = check(wanted, stored, allowed)
     if problems:
-        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in problems))
+        told = _other_quantization(stored) + problems[:SHOWN]
+        told += [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in told))
     return Checkpoint(parameters, stored, matrices)
+
+
+def _other_quantization(stored: dict[str, Stored]) -> list[str]:
+    """What explains most of what is wrong, where it is."""
+    quantized = next((name for name in sorted(stored) if name.endswith((".qweight", ".weight_scale_inv"))), None)
+    return [] if quantized else ["its weights are in full precision, and this package's are quantised"]
 
 
 def read_manifest(manifest: dict[str, Any]) -> Iterator[Parameter]:

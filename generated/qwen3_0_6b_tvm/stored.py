@@ -15,7 +15,7 @@ PIECE = 8 << 20  # bytes read at once
 
 
 class CheckpointError(ValueError):
-    """The checkpoint does not fit the model; the message lists every reason."""
+    """The checkpoint does not fit the model; the message says why."""
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,9 @@ from .stored import FLOATS, PIECE, CheckpointError, Stored, Tensor, read_headers
 __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 
+SHOWN = 20  # reasons in one message
+
+
 @dataclass(frozen=True)
 class Parameter:
     """A parameter and the (checkpoint tensor, rows) that fill it."""
@@ -67,8 +70,16 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     allowed = manifest["ignored_tensors"]
     problems = check(wanted, stored, allowed)
     if problems:
-        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in problems))
+        told = _other_quantization(stored) + problems[:SHOWN]
+        told += [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in told))
     return Checkpoint(parameters, stored)
+
+
+def _other_quantization(stored: dict[str, Stored]) -> list[str]:
+    """What explains most of what is wrong, where it is."""
+    quantized = next((name for name in sorted(stored) if name.endswith((".qweight", ".weight_scale_inv"))), None)
+    return [f"its weights are quantised ({quantized}), and this package's are not"] if quantized else []
 
 
 def read_manifest(manifest: dict[str, Any]) -> Iterator[Parameter]:

@@ -26,6 +26,8 @@ QUANTIZED = True  # flag: some matrices are quantised
 GPTQ = True  # flag: … by GPTQ
 STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
 
+SHOWN = 20  # reasons in one message
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -85,8 +87,18 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         read = {tensor.name for _, tensor in wanted}
         problems = check_groups(matrices) + check_zeros(stored, read, manifest["zero_tensors"])
     if problems:
-        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in problems))
+        told = _other_quantization(stored) + problems[:SHOWN]
+        told += [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in told))
     return Checkpoint(parameters, stored, matrices) if QUANTIZED else Checkpoint(parameters, stored)
+
+
+def _other_quantization(stored: dict[str, Stored]) -> list[str]:
+    """What explains most of what is wrong, where it is."""
+    quantized = next((name for name in sorted(stored) if name.endswith((".qweight", ".weight_scale_inv"))), None)
+    if QUANTIZED:
+        return [] if quantized else ["its weights are in full precision, and this package's are quantised"]
+    return [f"its weights are quantised ({quantized}), and this package's are not"] if quantized else []
 
 
 def read_manifest(manifest: dict[str, Any]) -> Iterator[Parameter]:
