@@ -149,6 +149,16 @@ OTHER_GROUPS = np.repeat([0, 1, 0, 1], 8).astype(np.int32)
         (GPTQ, {f"{UP}.zeros": np.zeros((2, 24), np.float16)}, f"left over: {UP}.zeros"),
         (GPTQ, {f"{UP}.qweight": np.zeros((4, 24), np.uint8)}, f"dtype: {UP}.qweight is U8"),
         ({"scheme": "int8"}, {f"{UP}.weight": np.zeros((24, 32), np.float16)}, f"left over: {UP}.weight"),
+        (
+            GPTQ | {"bits": 8, "sym": False},
+            {f"{UP}.qzeros": np.full((2, 6), -1, np.int32)},
+            f"{UP}.qzeros: a zero point of 256 is beyond 8 bits",
+        ),
+        (
+            {"scheme": "fp8_block"},
+            {f"{UP}.weight": np.full((24, 32), np.nan, ml_dtypes.float8_e4m3fn)},
+            "gate_up_proj.*a value is not a number",
+        ),
     ],
     ids=itertools.count(),
 )
@@ -161,3 +171,36 @@ def test_what_does_not_fit_is_named(
     module = reader(lower(spec), tmp_path / "reader")
     with pytest.raises(module.CheckpointError, match=reason):
         check(module, spec, tmp_path, tensors, 8 << 20)
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "told"),
+    [
+        (GPTQ, None, r"its weights are quantised \(.*\.qweight\), and this package's are not"),
+        (None, GPTQ, "its weights are in full precision, and this package's are quantised"),
+    ],
+)
+def test_another_quantization_is_told_in_a_sentence(stored: Any, wanted: Any, told: str, tmp_path: Path) -> None:
+    spec = spec_of(SIZES, stored)
+    save_checkpoint(spec, stored_weights(spec, 1), tmp_path, "float32")
+    module = reader(lower(spec_of(SIZES, wanted)), tmp_path / "reader")
+    with pytest.raises(module.CheckpointError, match=told):
+        module.open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_scales_of_a_kv_cache(shape: tuple[int, ...], tmp_path: Path) -> None:
+    spec = spec_of(SIZES, None, {"dtype": "fp8_e4m3", "scales": "checkpoint"})
+    module = reader(lower(spec), tmp_path / "reader")
+    for value in (0.25, 0.0, -1.0, np.nan, np.inf):
+        scale = np.full(shape, value, np.float32)
+        save_checkpoint(
+            spec, stored_weights(spec, 1) | {"model.layers.0.self_attn.k_scale": scale}, tmp_path, "float32"
+        )
+        checkpoint = module.open_checkpoint(tmp_path)
+        (found,) = (p for p in checkpoint.parameters if p.name == "layers.0.attention.k_scale")
+        if value == 0.25:
+            assert [(row, piece.tolist()) for row, piece in checkpoint.pieces(found, "np")] == [(0, [0.25])]
+        else:
+            with pytest.raises(module.CheckpointError, match=r"k_scale is .*, and a scale is above 0"):
+                list(checkpoint.pieces(found, "np"))
