@@ -14,7 +14,7 @@ from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import EmbeddingHead, Model
 from qwenspec.ir.render import describe, render, spans
 from qwenspec.ir.render import diff as ir_diff
-from qwenspec.spec.document import Spec
+from qwenspec.spec.document import BESIDE, Spec
 
 Data = dict[str, Any]
 ROUNDING = {"activation": "cos and sin rounded to the model's dtype", "float32": "rotated in float32"}
@@ -175,9 +175,6 @@ def differences_text(a: Spec, b: Spec) -> str:
         if before != after:
             changes += "\n" * bool(changes) + f"{key}\n      - {before}\n      + {after}"
     return changes or f"{a.variant} and {b.variant} compute the same function"
-
-
-BESIDE = ("quantization", "kv_cache")  # the architecture
 
 
 def _facts(spec: Spec) -> dict[str, str]:

@@ -17,7 +17,7 @@ from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.check import check
 from qwenspec.spec.checkpoint import Layout, builtin_layouts
-from qwenspec.spec.document import Spec
+from qwenspec.spec.document import BESIDE, Spec
 
 FAMILIES = {"qwen": "qwen1", "qwen2": "qwen2", "qwen3": "qwen3"}
 BACKBONES = {"qwen": "QWenModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}
@@ -142,7 +142,7 @@ def _layout(name: str) -> Layout:
 def _spec(tree: Tree, report: Report) -> Spec:
     """The document's one variant, read back from its text, so that every rule of a spec file holds."""
     root = source.parse(write_spec(tree), report.file).root
-    merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", "quantization", "kv_cache")}
+    merged = {key: entry for key, entry in root.entries.items() if key in ("architecture", *BESIDE)}
     name, family, description = tree["default_variant"], tree["family"], tree["description"]
     spec, findings = check(source_tree.Mapping(merged, root.location), name, family, description, report.file)
     for finding in findings:

@@ -14,6 +14,8 @@ from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.kv_cache import KvCache
 from qwenspec.spec.quantization import Quantization
 
+BESIDE = ("quantization", "kv_cache")  # the architecture: keys of a document, a variant and a spec
+
 Extends = Field(
     default=None,
     min_length=1,

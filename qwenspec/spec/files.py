@@ -17,7 +17,7 @@ from qwenspec import source, tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
-from qwenspec.spec.document import Document, Variant
+from qwenspec.spec.document import BESIDE, Document, Variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
@@ -114,7 +114,7 @@ class Files:
             length += self._merged[other.path, name][1]
         keys = {k: e for k, e in own.entries.items() if k not in _OWN_KEYS}
         overlay = {"architecture": Entry(variant.key, Mapping(keys, own.location))}
-        overlay |= {key: own.entries[key] for key in _BESIDE if key in own.entries}
+        overlay |= {key: own.entries[key] for key in BESIDE if key in own.entries}
         return _laid_over(start, Mapping(overlay, own.location)), length
 
     def _base(self, file: SpecFile, mapping: Mapping) -> tuple[SpecFile, str, Location] | None:
@@ -144,8 +144,7 @@ class Files:
             _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
-_BESIDE = ("quantization", "kv_cache")  # the architecture
-_MERGED = ("architecture", *_BESIDE)
+_MERGED = ("architecture", *BESIDE)
 
 
 def _laid_over(base: Mapping, overlay: Mapping) -> Mapping:

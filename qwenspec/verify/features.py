@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import builtin_layouts
-from qwenspec.spec.document import Spec
+from qwenspec.spec.document import BESIDE, Spec
 from qwenspec.spec.shape import Alternative, Shape, discriminator, fields, tagged
 from qwenspec.verify.dequantize import quantized_matrices
 
@@ -37,19 +37,18 @@ _SHAPES = frozenset(
         *(f"shape.last_group={size}" for size in ("whole", "smaller")),
     )
 )
-_BESIDE = ("quantization", "kv_cache")  # what a spec says beside its architecture
 
 
 def schema_features(model: type[BaseModel] = Architecture) -> frozenset[str]:
     """Everything that a spec can say, and the relations that matter (`shape.…`): between
     sizes, and of what is quantised to what is not (parts: some of a matrix that packages fuse)."""
-    beside = (feature for key in _BESIDE for feature in _possible_of(key, fields(Spec)[key][1]))
+    beside = (feature for key in BESIDE for feature in _possible_of(key, fields(Spec)[key][1]))
     return frozenset((*_possible(model, ""), *beside, *_SHAPES))
 
 
 def features(spec: Spec) -> frozenset[str]:
     """Those of schema_features that a spec has."""
-    beside = (feature for key in _BESIDE for feature in _said_of(key, getattr(spec, key), fields(Spec)[key][1]))
+    beside = (feature for key in BESIDE for feature in _said_of(key, getattr(spec, key), fields(Spec)[key][1]))
     return frozenset((*_said(spec.architecture, ""), *beside, *_shapes(spec)))
 
 

@@ -23,17 +23,18 @@ pytestmark = [
     *([pytest.mark.interpreter] if INTERPRETED else []),
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
 ]
+many = pytest.mark.skipif(INTERPRETED, reason="the interpreter is too slow for many examples")
 Look = Callable[..., None]
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is of Triton's kernels")
+@many
 @pytest.mark.parametrize("kind", KV_CACHES)
 def test_all_backends(kind: str, look: Look) -> None:
     drawn = specs(max_layers=2, scalings=[None, *SCALINGS], quantizations=WEIGHTS, kv_caches=[kind])
     look(cases(drawn, cache_sizes(), ("triton", "tvm"), DTYPES), cache_sizes(), examples=6, steps=24, seed=21)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is of Triton's kernels")
+@many
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KV_CACHES)
 def test_triton(kind: str, dtype: str, look: Look) -> None:
@@ -41,7 +42,7 @@ def test_triton(kind: str, dtype: str, look: Look) -> None:
     look(cases(drawn, cache_sizes(), ("triton",), (dtype,)), cache_sizes(), examples=6, steps=16, seed=22)
 
 
-@pytest.mark.skipif(INTERPRETED, reason="the interpreter is of Triton's kernels")
+@many
 def test_pages_behind_every_window_are_given_back(look: Look) -> None:
     evicting = cache_sizes().map(lambda sizes: dataclasses.replace(sizes, evicts=True))
     drawn = specs(kv_caches=list(KV_CACHES)).map(sliding)

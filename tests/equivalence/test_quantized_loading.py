@@ -77,7 +77,7 @@ def plain(matrix: Any) -> Array:
 def check(module: ModuleType, spec: Spec, folder: Path, tensors: Mapping[str, Array], piece: int) -> None:
     """`folder` has the tensors; `piece`: how many bytes are read at once."""
     expected = Dequantized(spec, tensors)
-    sys.modules[module.__package__ + ".quantized"].PIECE = piece  # type: ignore[operator]
+    sys.modules[module.__package__ + ".quantized"].PIECE = piece
     checkpoint = module.open_checkpoint(folder)
     found = dict[str, Array]()
     for matrix in checkpoint.matrices:

@@ -119,7 +119,7 @@ def test_control_c_and_again(checkpoint: Path, tmp_path: Path, monkeypatch: pyte
     calls = 0
     round_rows = conversion.round_rows
 
-    def interrupted(*arguments):  # type: ignore[no-untyped-def]
+    def interrupted(*arguments):
         nonlocal calls
         calls += 1
         if calls == 4:

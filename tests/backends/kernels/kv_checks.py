@@ -22,7 +22,7 @@ encode, decode = E4M3.encode, E4M3.decode
 
 
 @triton.jit
-def _e4m3_kernel(x_ptr, code_ptr, codes_ptr, value_ptr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+def _e4m3_kernel(x_ptr, code_ptr, codes_ptr, value_ptr, N: tl.constexpr):
     i = tl.arange(0, N)
     tl.store(code_ptr + i, encode(tl.load(x_ptr + i)))
     tl.store(value_ptr + i, decode(tl.load(codes_ptr + i)))
@@ -180,7 +180,7 @@ def cached(arena: Arena, made: Paged, kv: str, lengths: Sequence[int]) -> tuple[
         tuple(quantized(x, kv, s)[2] for x, s in zip(pair, STORED_SCALES, strict=True))
         for pair in zip(made.k, made.v, strict=True)
     ]
-    return tensors + scales, rows  # type: ignore[return-value]
+    return tensors + scales, rows
 
 
 def assert_close(name: str, got: Tensor, expected: oracle.Result, dtype: torch.dtype) -> None:

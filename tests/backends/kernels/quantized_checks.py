@@ -115,7 +115,7 @@ def rounded_activations(x: Tensor, width: int) -> tuple[Array, Array]:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Result:
     x, added = x.double().cpu(), 0.0 if bias is None else bias.double().cpu()
     magnitude = x.abs() @ weight.abs().T
-    return x @ weight.T + added, magnitude + (0.0 if bias is None else added.abs())  # type: ignore[union-attr]
+    return x @ weight.T + added, magnitude + (0.0 if bias is None else added.abs())
 
 
 def packed(arena: Arena, weight: Any, matrix: Matrix) -> Any:
