@@ -28,12 +28,15 @@ from tokenizers import Tokenizer
 import qwenspec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import open_runner
+from qwenspec.convert.rounding import Error, round_rows
 from qwenspec.ir.cost import kv_bytes_per_token, weight_bytes
 from qwenspec.ir.lower import lower
+from qwenspec.ir.nodes import Fp8Format
+from qwenspec.ir.quantized import head_format, weight_format
 from qwenspec.spec.document import Spec
+from qwenspec.verify.quantize import AWQ_NIBBLES, packed
 
 TINY = ROOT / "examples" / "tiny-qwen3"
-AWQ_NIBBLES = (0, 4, 1, 5, 2, 6, 3, 7)  # where each of eight neighbouring outputs lies in its word
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "full precision": {},
@@ -79,30 +82,16 @@ def _stored(spec: Spec, name: str, values: np.ndarray) -> Iterator[tuple[str, np
     if quantization is None or not (linear or is_head):
         yield name, values
         return
-    weight, scheme = values.astype(np.float32), quantization.scheme
-    if scheme == "int8" or (is_head and quantization.head == "int8"):
-        suffixes = _int8(weight)
-    elif scheme == "int4":
-        suffixes = _int4(weight, quantization.group_size)
-    elif scheme == "fp8_block":
-        suffixes = _fp8(weight, *quantization.block)
+    weight = values.astype(np.float32)
+    format = head_format(quantization) if is_head else weight_format(quantization)
+    if isinstance(format, Fp8Format):
+        suffixes = _fp8(weight, *format.block)
+    elif format.packing in ("int8", "int4"):
+        suffixes = round_rows(weight, format, Error())
     else:
         suffixes = _groups(weight, quantization)
     for suffix, tensor in suffixes.items():
         yield f"{module}.{suffix}", np.ascontiguousarray(tensor)  # safetensors writes memory as it lies
-
-
-def _int8(weight: np.ndarray) -> dict[str, np.ndarray]:
-    scales = np.abs(weight).max(axis=1) / np.float32(127)
-    return {"qweight": np.rint(weight / scales[:, None]).astype(np.int8), "scales": scales}
-
-
-def _int4(weight: np.ndarray, size: int) -> dict[str, np.ndarray]:
-    grouped = weight.reshape(len(weight), -1, size)
-    scales = (np.abs(grouped).max(axis=2) / 7).astype(np.float16)
-    q = (np.clip(np.rint(grouped / scales[:, :, None].astype(np.float32)), -7, 7) + 8).astype(np.uint8)
-    q = q.reshape(weight.shape)
-    return {"qweight": q[:, 0::2] | q[:, 1::2] << 4, "scales": scales}
 
 
 def _fp8(weight: np.ndarray, height: int, width: int) -> dict[str, np.ndarray]:
@@ -132,19 +121,10 @@ def _groups(weight: np.ndarray, quantization: Any) -> dict[str, np.ndarray]:
     by_input = scales.astype(np.float32)[:, g_idx]
     q = np.clip(np.rint(weight / by_input) + zeros[:, g_idx], 0, most).astype(np.int64)
     if is_awq:
-        packed = {"qweight": _words(q.T, 4, AWQ_NIBBLES), "qzeros": _words(zeros.T, 4, AWQ_NIBBLES)}
+        words = {"qweight": packed(q.T, 4, 1, AWQ_NIBBLES), "qzeros": packed(zeros.T, 4, 1, AWQ_NIBBLES)}
     else:
-        places = range(32 // bits)
-        packed = {"qweight": _words(q, bits, places).T, "qzeros": _words(zeros.T - 1, bits, places)}
-        packed["g_idx"] = g_idx
-    return packed | {"scales": scales.T}
-
-
-def _words(values: np.ndarray, bits: int, places: Any) -> np.ndarray:
-    """int32 words of neighbours in a row."""
-    neighbours = values.reshape(len(values), -1, 32 // bits)
-    words = sum(neighbours[:, :, i] << (bits * place) for i, place in enumerate(places))
-    return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+        words = {"qweight": packed(q.T, bits, 0), "qzeros": packed(zeros.T - 1, bits, 1), "g_idx": g_idx}
+    return words | {"scales": scales.T}
 
 
 @functools.cache
