@@ -50,10 +50,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
     "gptq, 8 bits": {"quantization": {"scheme": "gptq", "bits": 8}},
     "fp8_block": {"quantization": {"scheme": "fp8_block"}},
     "fp8_block, weights only": {"quantization": {"scheme": "fp8_block", "activations": "none"}},
-    "KV fp8_e4m3": {"kv_cache": {"dtype": "fp8_e4m3"}},
-    "KV fp8_e4m3, stored scales": {"kv_cache": {"dtype": "fp8_e4m3", "scales": "checkpoint"}},
-    "KV int8": {"kv_cache": {"dtype": "int8"}},
-    "int8 and KV int8": {"quantization": {"scheme": "int8"}, "kv_cache": {"dtype": "int8"}},
+    "KV fp8_e4m3": {"kv_cache": {"scheme": "fp8_e4m3"}},
+    "KV fp8_e4m3, stored scales": {"kv_cache": {"scheme": "fp8_e4m3", "scales": "checkpoint"}},
+    "KV int8": {"kv_cache": {"scheme": "int8"}},
+    "int8 and KV int8": {"quantization": {"scheme": "int8"}, "kv_cache": {"scheme": "int8"}},
 }
 
 

@@ -113,7 +113,7 @@ def gen(
     backend: Backend = "triton",
     variant: Variant = None,
     quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
-    kv_cache: Annotated[str | None, typer.Option(metavar="DTYPE", help="Instead of the spec's.")] = None,
+    kv_cache: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = GENERATED,
     all_: Annotated[bool, typer.Option("--all", help="Everything in DIR/manifest.yaml.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say what differs, and exit 1.")] = False,

@@ -113,7 +113,7 @@ def _kv_cache(data: Data) -> str:
     if kv_cache is None:
         return str(data["dtype"])
     scales = "the checkpoint's scales" if kv_cache.get("scales") == "checkpoint" else "a scale a token and head"
-    return f"{kv_cache['dtype']}, {scales}"
+    return f"{kv_cache['scheme']}, {scales}"
 
 
 def _heads(attention: Data) -> str:

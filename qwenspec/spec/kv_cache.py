@@ -12,7 +12,7 @@ from qwenspec.spec.base import Model
 class Fp8KvCache(Model):
     """float8 e4m3: a byte a value."""
 
-    dtype: Literal["fp8_e4m3"]
+    scheme: Literal["fp8_e4m3"]
     scales: Literal["token", "checkpoint"] = Field(
         default="token",
         description="token: one a token and head, computed when the token is cached. checkpoint: one a layer for keys "
@@ -23,7 +23,7 @@ class Fp8KvCache(Model):
 class Int8KvCache(Model):
     """int8, symmetric, a scale for each token and head: a byte a value."""
 
-    dtype: Literal["int8"]
+    scheme: Literal["int8"]
 
 
-KvCache = Annotated[Fp8KvCache | Int8KvCache, Field(discriminator="dtype")]
+KvCache = Annotated[Fp8KvCache | Int8KvCache, Field(discriminator="scheme")]

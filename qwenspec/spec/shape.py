@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from qwenspec.diagnostics import listed
 
-DISCRIMINATORS = ("kind", "scheme", "dtype")  # the keys that choose between models
+DISCRIMINATORS = ("kind", "scheme")  # the keys that choose between models
 _ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
 _MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 

@@ -376,7 +376,7 @@ def _skipped(spec: Spec) -> st.SearchStrategy[list[str]]:
 
 
 KV_CACHES: dict[str, Tree] = {
-    "int8": {"dtype": "int8"},
-    "fp8": {"dtype": "fp8_e4m3"},
-    "fp8, stored scales": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+    "int8": {"scheme": "int8"},
+    "fp8": {"scheme": "fp8_e4m3"},
+    "fp8, stored scales": {"scheme": "fp8_e4m3", "scales": "checkpoint"},
 }

@@ -33,7 +33,7 @@ CHANGES = {
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
     spec = tiny_spec(*CHANGES[request.param])
     if request.param == "quantized-kv":
-        spec = Spec.model_validate(spec.model_dump(by_alias=True) | {"kv_cache": {"dtype": "fp8_e4m3"}})
+        spec = Spec.model_validate(spec.model_dump(by_alias=True) | {"kv_cache": {"scheme": "fp8_e4m3"}})
     oracle = Oracle(spec)
     module = import_package(emit(oracle.spec, "triton", tmp_path))
     model = module.Model.load(oracle.save(tmp_path / "weights"))

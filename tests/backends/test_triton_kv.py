@@ -24,9 +24,9 @@ from qwenspec.verify.contenders import PackageContender, ReferenceContender
 from qwenspec.verify.steps import Add, CacheSizes, Fork, Forward, Popn, Step
 
 KV: dict[str, dict[str, str]] = {
-    "int8": {"dtype": "int8"},
-    "fp8": {"dtype": "fp8_e4m3"},
-    "fp8_stored": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+    "int8": {"scheme": "int8"},
+    "fp8": {"scheme": "fp8_e4m3"},
+    "fp8_stored": {"scheme": "fp8_e4m3", "scales": "checkpoint"},
 }
 SCALES = 0.05, 0.02  # of keys and values in the first layer; in the second they are twice as large
 SIZES = CacheSizes(page_size=4, pages=48, max_batch_size=4, chunk=64)

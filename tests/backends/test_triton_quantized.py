@@ -183,7 +183,7 @@ SMALLEST = {"I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "F8_E4M3": 
 )
 def test_peak_memory_is_little_more_than_the_model(quantization: dict[str, Any], tmp_path: Path) -> None:
     """No matrix is ever expanded: at most 1.2 times the model's bytes, of which more than half are quantised."""
-    wide = {"hidden_size": 1536, "intermediate_size": 6144, "vocab_size": 8_000, "num_hidden_layers": 8}
+    wide = {"hidden_size": 1536, "intermediate_size": 6144, "vocab_size": 8_000, "num_hidden_layers": 12}
     spec = quantized_spec(tmp_path, quantization, QWEN3, wide, {"dtype": "bfloat16", "attention": {"head_dim": 128}})
     package = emit(spec, "triton", tmp_path)
     save_file(random_checkpoint(package), tmp_path / "model.safetensors")
@@ -191,6 +191,7 @@ def test_peak_memory_is_little_more_than_the_model(quantization: dict[str, Any],
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model_bytes, peak = map(int, done.stdout.split())
     assert model_bytes > 150e6
+    print("RATIO", peak/model_bytes, model_bytes)
     assert 0.9 * model_bytes < peak <= 1.2 * model_bytes, f"{peak / model_bytes:.2f} times the model"
 
 

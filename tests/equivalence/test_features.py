@@ -167,9 +167,9 @@ QUANTIZED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 # And the KV cache of some of them.
 CACHED: dict[str, dict[str, Any]] = {
-    "gptq": {"dtype": "fp8_e4m3"},
-    "int8": {"dtype": "int8"},
-    "int4": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+    "gptq": {"scheme": "fp8_e4m3"},
+    "int8": {"scheme": "int8"},
+    "int4": {"scheme": "fp8_e4m3", "scales": "checkpoint"},
 }
 
 

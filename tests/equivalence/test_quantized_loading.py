@@ -190,7 +190,7 @@ def test_another_quantization_is_told_in_a_sentence(stored: Any, wanted: Any, to
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_scales_of_a_kv_cache(shape: tuple[int, ...], tmp_path: Path) -> None:
-    spec = spec_of(SIZES, None, {"dtype": "fp8_e4m3", "scales": "checkpoint"})
+    spec = spec_of(SIZES, None, {"scheme": "fp8_e4m3", "scales": "checkpoint"})
     module = reader(lower(spec), tmp_path / "reader")
     for value in (0.25, 0.0, -1.0, np.nan, np.inf):
         scale = np.full(shape, value, np.float32)

@@ -174,7 +174,7 @@ def test_scales_of_a_kv_cache_are_kept(source: Any, tmp_path: Path) -> None:
     names = [f"model.layers.{i}.self_attn.{x}_scale" for i in range(2) for x in "kv"]
     scales = {name: np.full([1] * (number % 2), number, np.float32) for number, name in enumerate(names)}
     save_file({**StoredTensors(folder), **scales}, folder / "model.safetensors")
-    cached = spec.model_copy(update={"kv_cache": Fp8KvCache(dtype="fp8_e4m3", scales="checkpoint")})
+    cached = spec.model_copy(update={"kv_cache": Fp8KvCache(scheme="fp8_e4m3", scales="checkpoint")})
     made = request((cached, folder), tmp_path / "out")
     convert(made)
     written = StoredTensors(made.out)

@@ -112,7 +112,12 @@ def test_a_part_that_ranks_would_cut(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("kv_cache", "of_a_head"),
-    [("null", 256), ("{dtype: fp8_e4m3}", 132), ("{dtype: int8}", 132), ("{dtype: fp8_e4m3, scales: checkpoint}", 128)],
+    [
+        ("null", 256),
+        ("{scheme: fp8_e4m3}", 132),
+        ("{scheme: int8}", 132),
+        ("{scheme: fp8_e4m3, scales: checkpoint}", 128),
+    ],
 )
 def test_bytes_of_a_cached_token(tmp_path: Path, kv_cache: str, of_a_head: int) -> None:
     """28 layers, keys and values of 8 heads of 128: about half of bfloat16's bytes."""

@@ -10,9 +10,9 @@ from qwenspec.spec.kv_cache import Fp8KvCache, Int8KvCache
 from qwenspec.verify.reference_kv import cached
 
 FP8, STORED, INT8 = (
-    Fp8KvCache(dtype="fp8_e4m3"),
-    Fp8KvCache(dtype="fp8_e4m3", scales="checkpoint"),
-    Int8KvCache(dtype="int8"),
+    Fp8KvCache(scheme="fp8_e4m3"),
+    Fp8KvCache(scheme="fp8_e4m3", scales="checkpoint"),
+    Int8KvCache(scheme="int8"),
 )
 
 

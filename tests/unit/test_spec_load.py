@@ -166,13 +166,13 @@ def test_extends_another_file(tmp_path: Path) -> None:
     ]
 
 
-def test_another_kind_replaces_and_another_dtype_does_not(tmp_path: Path) -> None:
-    """`dtype` chooses between KV caches; of an architecture it is a key like any other."""
-    variants = {"f-a": {"dtype": "float16", "kv_cache": {"dtype": "int8"}}, "f-b": {"kv_cache": {"scales": "token"}}}
-    path = write(tmp_path / "f.yaml", kv_cache={"dtype": "fp8_e4m3", "scales": "checkpoint"}, variants=variants)
+def test_another_scheme_of_a_kv_cache_replaces_it(tmp_path: Path) -> None:
+    """Its keys mean something else; another `scales` is merged."""
+    variants = {"f-a": {"dtype": "float16", "kv_cache": {"scheme": "int8"}}, "f-b": {"kv_cache": {"scales": "token"}}}
+    path = write(tmp_path / "f.yaml", kv_cache={"scheme": "fp8_e4m3", "scales": "checkpoint"}, variants=variants)
     a, b = load_all(path)
-    assert (a.architecture.dtype, a.kv_cache.model_dump()) == ("float16", {"dtype": "int8"})
-    assert b.kv_cache.model_dump() == {"dtype": "fp8_e4m3", "scales": "token"}
+    assert (a.architecture.dtype, a.kv_cache.model_dump()) == ("float16", {"scheme": "int8"})
+    assert b.kv_cache.model_dump() == {"scheme": "fp8_e4m3", "scales": "token"}
 
 
 def test_extends_without_a_name_means_the_default_variant(tmp_path: Path) -> None:

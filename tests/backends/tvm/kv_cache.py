@@ -24,9 +24,9 @@ from qwenspec.backend.load import import_package
 from qwenspec.spec.document import Spec
 
 FORMATS = {
-    "fp8": {"dtype": "fp8_e4m3"},
-    "int8": {"dtype": "int8"},
-    "fp8 stored": {"dtype": "fp8_e4m3", "scales": "checkpoint"},
+    "fp8": {"scheme": "fp8_e4m3"},
+    "int8": {"scheme": "int8"},
+    "fp8 stored": {"scheme": "fp8_e4m3", "scales": "checkpoint"},
 }
 FOLDER = TemporaryDirectory()  # of packages
 LARGEST = {"fp8": 448, "int8": 127, "fp8 stored": 448}
