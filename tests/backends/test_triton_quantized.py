@@ -191,7 +191,6 @@ def test_peak_memory_is_little_more_than_the_model(quantization: dict[str, Any],
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     model_bytes, peak = map(int, done.stdout.split())
     assert model_bytes > 150e6
-    print("RATIO", peak/model_bytes, model_bytes)
     assert 0.9 * model_bytes < peak <= 1.2 * model_bytes, f"{peak / model_bytes:.2f} times the model"
 
 
