@@ -42,7 +42,7 @@ def linear_context(model: Model, shape: Structure) -> dict[str, Any]:
     kind = _kind(shape.weights, biased) if shape.weights else None
     head_kind = _kind(shape.head_weights, False) if shape.head_weights else None
     plain_head = shape.head != "embedding" and head_kind is None
-    plain_layers = any(not quantized for _, _, quantized in pieces)
+    plain_layers = any(not quantized for _, quantized in pieces)
 
     def linear(name: str, in_features: str, out_features: str, bias: bool) -> str:
         """A call that makes the layer."""
@@ -63,9 +63,9 @@ def linear_context(model: Model, shape: Structure) -> dict[str, Any]:
         "matrices": sorted({k.name for k in (kind, head_kind) if k}),
         "plain_product": plain_head or plain_layers,
         "plain_class": (plain_head and shape.head == "linear") or plain_layers,
-        "plain_wholes": any(not part for part, _, _ in pieces),
-        "plain_parts": any(part and not quantized for part, _, quantized in pieces),
-        "fused_apart": any(part for part, _, _ in pieces),
+        "plain_wholes": any(not part for part, _ in pieces),
+        "plain_parts": any(part and not quantized for part, quantized in pieces),
+        "fused_apart": any(part for part, _ in pieces),
     }
 
 

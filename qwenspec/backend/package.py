@@ -21,8 +21,11 @@ from qwenspec.backend.fold import declared_flags, fold
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.backend.structure import Structure, packing, structure
 from qwenspec.ir import rope as formulas
+from qwenspec.ir import shares
 from qwenspec.ir.nodes import Model, WeightFormat
 from qwenspec.ir.quantized import Block, blocks, stored_tensors
+from qwenspec.ir.shard import mlp_unit, shared_blocks
+from qwenspec.ir.shares import Shared
 
 HERE = Path(__file__).parent  # its templates/ and runtime/ are what packages of all backends share
 
@@ -46,7 +49,8 @@ def vendor(files: Iterable[Path], shape: Structure, folder: str = "", **flags: b
 
 def common(shape: Structure, *names: str, **flags: bool) -> dict[str, str]:
     """Plain files that packages of every backend share: `text` gives text.py."""
-    return vendor((HERE / "runtime" / f"{name}.py" for name in names), shape, "", **flags)
+    files = [*(HERE / "runtime" / f"{name}.py" for name in names), Path(shares.__file__)]
+    return vendor(files, shape, "", **flags)
 
 
 def manifest(model: Model) -> dict[str, str]:
@@ -66,6 +70,7 @@ def template_context(model: Model) -> dict[str, Any]:
         "fields": config_fields(model, shape.windows),
         "attention_title": attention_title(model),
         "linear_blocks": linear_blocks(model),
+        "mlp_unit": mlp_unit(model),
         **rope_context(model),
     }
 
@@ -81,17 +86,15 @@ def attention_title(model: Model) -> str:
     return f"{kind} attention over a paged cache" + (f", with {' and '.join(features)}" if features else "")
 
 
-def linear_blocks(model: Model) -> dict[str, list[tuple[str, int, bool]]]:
+def linear_blocks(model: Model) -> dict[str, list[tuple[str, bool]]]:
     """The linear layers that are not quantised in one piece, by address: of each block of rows, from the top, its part
-    (empty for a whole matrix), how many rows it has, and whether it is quantised."""
+    (empty for a whole matrix), and whether it is quantised."""
     found = {}
     for linear in (linear for layer in model.layers for linear in layer.linears()):
         pieces = blocks(linear.weight)
         if len(pieces) > 1 or pieces[0].format is None:
             parts = [piece.name.removeprefix(linear.name).removesuffix("weight").strip(".") for piece in pieces]
-            found[linear.name] = [
-                (part, piece.rows, piece.format is not None) for part, piece in zip(parts, pieces, strict=True)
-            ]
+            found[linear.name] = [(part, piece.format is not None) for part, piece in zip(parts, pieces, strict=True)]
     return found
 
 
@@ -128,8 +131,8 @@ def _entries(model: Model) -> list[dict[str, Any]]:
     entries: dict[str, dict[str, Any]] = {}
     for param in model.params():
         layer = re.match(r"layers\.(\d+)\.", param.name)
-        for block in blocks(param):
-            entry = _entry(block, param.shape[1:])
+        for block, shared in shared_blocks(model, param):
+            entry = _entry(block, shared)
             if layer:
                 entry = _in_any_layer(entry, model.checkpoint_layer, int(layer[1]))
             key = json.dumps(entry)
@@ -141,11 +144,18 @@ def _entries(model: Model) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _entry(block: Block, columns: tuple[int, ...]) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": block.name, "shape": [block.rows, *columns]}
+def _entry(block: Block, shared: Shared) -> dict[str, Any]:
+    """As `qwenspec.ir.shares.read_entry` and checkpoint.py read it."""
+    entry: dict[str, Any] = {"name": block.name, "shape": list(shared.shape)}
+    if shared.rows:
+        entry["rows"] = [astuple(part) for part in shared.rows]
+    if shared.columns:
+        entry["columns"] = astuple(shared.columns)
+    if shared.first:
+        entry["rank"] = 0
     if block.format is None:
         return entry | {"sources": [(source.tensor, source.rows) for source in block.sources]}
-    tensors = [stored_tensors(source, *columns) for source in block.sources]
+    tensors = [stored_tensors(source, *shared.shape[1:]) for source in block.sources]
     return entry | {
         "format": _format(block.format),
         "sources": [

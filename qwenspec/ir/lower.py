@@ -85,8 +85,8 @@ class _Builder:
         self, name: str, in_features: int, out_features: int, shard: Shard, bias: bool, *parts: Part
     ) -> nodes.Linear:
         weight = self.param(f"{name}.weight", (out_features, in_features), shard, parts)
-        # A row-parallel product is a sum over ranks: its bias is whole everywhere and must be added once.
-        bias_shard = Shard.COLUMN if shard is Shard.COLUMN else Shard.REPLICATE
+        # A row-parallel product is a sum over ranks: its bias must be in it once.
+        bias_shard = Shard.COLUMN if shard is Shard.COLUMN else Shard.FIRST
         bias_param = self.param(f"{name}.bias", (out_features,), bias_shard, parts) if bias else None
         return nodes.Linear(name, in_features, out_features, weight, bias_param)
 

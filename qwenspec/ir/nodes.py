@@ -20,6 +20,7 @@ class Shard(Enum):
     """How tensor parallelism splits a parameter."""
 
     REPLICATE = "replicate"
+    FIRST = "first"  # rank 0 has it, and the others zeros: a bias of what an all-reduce adds up
     COLUMN = "column"  # output features (dim 0), each fused part on its own
     ROW = "row"  # input features (dim 1); an all-reduce follows
     VOCAB = "vocab"  # vocabulary rows (dim 0), padded when they do not divide

@@ -141,7 +141,7 @@ def test_what_is_not_quantised_has_no_stored_tensors() -> None:
     ("format", "rows", "inputs", "size"),
     [
         (INT8_PER_ROW, 3, 7, 3 * 7 + 3 * 4),
-        (INT4, 3, 65, 3 * 33 + 3 * 3 * 2),
+        (INT4, 3, 65, 3 * 3 * 16 + 3 * 3 * 2),
         (IntFormat("awq", 4, 32, zero_points=True), 8, 64, 8 * 32 + 8 * 2 * (2 + 1)),
         (IntFormat("gptq", 8, None), 8, 64, 8 * 64 + 8 * 2),
         (IntFormat("gptq", 4, 32, zero_points=True, act_order=True), 8, 64, 8 * 32 + 8 * 2 * 3 + 64 * 4),
@@ -233,6 +233,7 @@ def test_manifest_in_full_precision(tmp_path: Path) -> None:
     assert qkv == {
         "name": "layers.{i}.attention.qkv_proj.weight",
         "shape": [96, 48],
+        "rows": [[48, 12, 1], [24, 12, 2], [24, 12, 2]],  # heads of 12, and the query heads that read each
         "sources": [[f"{prefix}.q_proj.weight", 48], [f"{prefix}.k_proj.weight", 24], [f"{prefix}.v_proj.weight", 24]],
     }
 
@@ -246,6 +247,7 @@ def test_manifest_of_a_quantised_model(tmp_path: Path) -> None:
     assert down == {
         "name": "layers.{i}.mlp.down_proj.weight",
         "shape": [48, 40],
+        "columns": [40, 32, 0],  # in groups of 32
         "format": {
             "packing": "int4",
             "bits": 4,
@@ -300,6 +302,6 @@ def test_linear_blocks_are_of_what_lies_apart(tmp_path: Path) -> None:
     assert linear_blocks(quantized(tmp_path, scheme="int8")) == {}
     skip = (*SKIP_K, "model.layers.2.mlp.down_proj")
     assert linear_blocks(quantized(tmp_path, scheme="int8", skip=skip)) == {
-        QKV: [("q", 48, True), ("k", 24, False), ("v", 24, True)],
-        "layers.2.mlp.down_proj": [("", 48, False)],
+        QKV: [("q", True), ("k", False), ("v", True)],
+        "layers.2.mlp.down_proj": [("", False)],
     }

@@ -12,7 +12,7 @@ from qwenspec.diagnostics import SpecError
 from qwenspec.ir import cost
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
-from qwenspec.ir.shard import legal_degrees, plan, refused_by_format
+from qwenspec.ir.shard import legal_degrees, mlp_unit, plan, refused_by_format
 
 SPECS = Path(__file__).parents[2] / "specs"
 
@@ -76,15 +76,18 @@ def test_ranks_share_what_is_quantised(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variant", "quantization", "legal", "refused"),
     [
-        # 29568 inputs are 231 groups of 128
-        ("qwen2.5-72b", "{scheme: awq}", (1,), {2: "down_proj: 14784 inputs", 8: "down_proj: 3696 inputs"}),
-        ("qwen2.5-72b", "{scheme: gptq, bits: 8}", (1,), {2: "down_proj: 14784 inputs", 4: "7392 inputs"}),
-        ("qwen2.5-72b", "{scheme: awq, group_size: 32}", (1, 2, 4), {8: "3696 inputs on each of 8 ranks"}),
+        # 29568 inputs of down_proj are 231 groups of 128; o_proj has 64 heads of 128 inputs
+        ("qwen2.5-72b", "{scheme: awq}", (1, 2, 4, 8, 16, 32, 64), {}),
+        ("qwen2.5-72b", "{scheme: gptq, bits: 8}", (1, 2, 4, 8, 16, 32, 64), {}),
         ("qwen2.5-72b", "{scheme: gptq, bits: 4, group_size: -1}", (1, 2, 4, 8, 16, 32, 64), {}),
-        ("qwen2.5-72b", "{scheme: int8}", (1, 2, 4, 8, 16, 32, 64), {}),
-        ("qwen2.5-72b", "{scheme: fp8_block}", (1,), {2: "gate_up_proj: 2 ranks would cut its blocks of 128 rows"}),
-        ("qwen3-0.6b", "{scheme: fp8_block}", (1, 2, 4, 8), {16: "gate_up_proj: 16 ranks would cut"}),
+        ("qwen2.5-72b", "{scheme: fp8_block}", (1, 2, 4, 8, 16, 32, 64), {}),
+        ("qwen3-0.6b", "{scheme: fp8_block}", (1, 2, 4, 8, 16), {}),
+        ("qwen3-0.6b", "{scheme: awq, group_size: 256}", (1, 2, 4, 8), {16: "o_proj: 128 inputs on each of 16 ranks"}),
         ("qwen3-0.6b", "{scheme: gptq, bits: 4, desc_act: true}", (1,), {2: "o_proj: desc_act"}),
+        # 14 heads of 64
+        ("qwen2.5-0.5b", "{scheme: int8}", (1, 2, 7, 14), {}),
+        ("qwen2.5-0.5b", "{scheme: int4, group_size: 64}", (1, 2, 7, 14), {}),
+        ("qwen2.5-0.5b", "{scheme: int4, group_size: 128}", (1, 7), {2: "o_proj: 448 inputs", 14: "o_proj: 64 inputs"}),
     ],
 )
 def test_degrees(
@@ -102,10 +105,17 @@ def test_degrees(
         assert not found
 
 
+def test_the_mlp_is_cut_between_groups(tmp_path: Path) -> None:
+    """Of 231 groups of 128 each of two ranks has room for 116, of 8 ranks for 29."""
+    model = quantized(tmp_path, "qwen2.5-72b", "{scheme: awq}")
+    assert mlp_unit(model) == 128
+    assert [plan(model, degree).intermediate_size for degree in (1, 2, 8)] == [29568, 116 * 128, 29 * 128]
+
+
 def test_a_part_that_ranks_would_cut(tmp_path: Path) -> None:
     """Heads of 64 values: a rank with one key head would have half a block of rows."""
     model = quantized(tmp_path, "qwen2.5-0.5b", "{scheme: fp8_block, block: [64, 64]}")
-    assert legal_degrees(model) == (1, 2)
+    assert legal_degrees(model) == (1, 2, 7, 14)
     model = quantized(tmp_path, "qwen2.5-0.5b", "{scheme: fp8_block, block: [128, 64]}")
     assert "qkv_proj: 2 ranks would cut its blocks of 128 rows" in " ".join(refused_by_format(model)[2])
 

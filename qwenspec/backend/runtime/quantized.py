@@ -3,14 +3,15 @@
 [PACKING != "fp8"] W[n, k] = (q[n, k] - z[n, g]) · s[n, g], where g is the group of input k
 [PACKING == "fp8"] W[n, k] = q[n, k] · s[n // block[0], k // block[1]]
 
-A matrix [out, in] is read a few rows at a time and never dequantised here; its scales come whole.
+A matrix [out, in] is read a few rows at a time and never dequantised here; its scales come whole. Of several ranks,
+each reads what it has of the matrix; where it has fewer rows or columns than room for them, the scales are zeros.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .shares import Piece, cut, read_entry
 from .stored import PIECE, CheckpointError, Stored, Tensor
 
 PACKING = "gptq"  # flag: awq, gptq, fp8, int8 or int4, how the checkpoint stores the linear layers
@@ -42,10 +44,15 @@ class Source:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantised parameter [out, in] in a checkpoint. Raises CheckpointError where its numbers make no sense."""
+    """What a rank has of a quantised parameter in a checkpoint. Raises CheckpointError where its numbers make no sense.
+
+    shape: [out, in] on every rank
+    rows, columns: those of the whole matrix that this one has"""
 
     name: str
     shape: tuple[int, int]
+    rows: tuple[Piece, ...]
+    columns: slice
     format: dict[str, Any]  # as in MANIFEST.json
     sources: tuple[Source, ...]
     stored: dict[str, Stored]
@@ -61,16 +68,20 @@ class QuantizedMatrix:
         [PACKING != "fp8"] Integers are unsigned: q is in 0 … 2^bits - 1.
         [PACKING == "fp8"] q is the bytes of float8 e4m3.
         [ACT_ORDER] Columns are sorted by group, as `order` says."""
-        row = 0
-        for source in self.sources:
-            # Whole words; unpacking and packing anew take several times as much.
-            step = max(8, PIECE // (8 * self.shape[1]) // 8 * 8)
-            for start in range(0, source.rows, step):
-                values = self._rows(source, slice(start, min(start + step, source.rows)))
+        # Whole words; unpacking and packing anew take several times as much.
+        step = max(8, PIECE // (8 * self.shape[1]) // 8 * 8)
+        top = 0
+        for source, piece in self._held():
+            yield from self._zeros_between(top, piece.at)
+            for start in range(piece.start, piece.stop, step):
+                values = self._rows(source, slice(start, min(start + step, piece.stop)))
                 if PACKING == "fp8" and (values & 0x7F == 0x7F).any():
                     raise CheckpointError(f"{self.name}: a value is not a number")
-                yield row + start, np.ascontiguousarray(values)
-            row += source.rows
+                missing = self.shape[1] - values.shape[1]
+                whole = np.pad(values, ((0, 0), (0, missing))) if missing else values
+                yield piece.at + start - piece.start, np.ascontiguousarray(whole)
+            top = piece.at + piece.stop - piece.start
+        yield from self._zeros_between(top, self.shape[0])
 
     def scales(self) -> np.ndarray:
         """All of s.
@@ -80,7 +91,7 @@ class QuantizedMatrix:
         [PACKING not in ("fp8", "int8") and not INT8_HEAD] -> float16 [out, groups]
         [INT8_HEAD] -> float16 [out, groups], of the head float32 [out, 1]
         """
-        scales = np.concatenate([self._scales(source) for source in self.sources])
+        scales = self._by_group(self._scales, np.float32)
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.name}: a scale is not a finite number")
         if PACKING in ("fp8", "int8"):
@@ -93,7 +104,7 @@ class QuantizedMatrix:
 
         def zeros(self) -> np.ndarray:
             """z, uint8 [out, groups]."""
-            return np.concatenate([self._zeros(source) for source in self.sources])
+            return self._by_group(self._zeros, np.uint8)
 
     if ACT_ORDER:
 
@@ -110,51 +121,93 @@ class QuantizedMatrix:
 
         def check(self) -> Iterator[str]:
             """Where groups and zero points are not what the format says."""
-            inputs, size = self.shape[1], self.format["group_size"] or self.shape[1]
             for source in self.sources:
-                groups, points = source.tensors["g_idx"].name, source.tensors["qzeros"].name
+                groups = source.tensors["g_idx"].name
+                (inputs,) = source.tensors["g_idx"].shape
+                size = self.format["group_size"] or inputs
                 if ACT_ORDER:
                     if not np.array_equal(np.sort(self._read(source, "g_idx")), np.arange(inputs) // size):
                         yield f"groups: {groups} does not put {size} inputs in every group"
                 elif groups in self.stored and (self._read(source, "g_idx") != np.arange(inputs) // size).any():
                     yield f"groups: {groups} has another order than the inputs': the spec must say `desc_act: true`"
-                if not ZERO_POINTS and (self._zeros(source) != 1 << (self.format["bits"] - 1)).any():
-                    yield f"zero points: {points} are not all in the middle: the spec must say `sym: false`"
+            if not ZERO_POINTS:
+                for source, piece in self._held():
+                    points = self._zeros(source, slice(piece.start, piece.stop), self._groups(self.columns))
+                    if (points != 1 << (self.format["bits"] - 1)).any():
+                        named = source.tensors["qzeros"].name
+                        yield f"zero points: {named} are not all in the middle: the spec must say `sym: false`"
+
+    # --------------------------------------------------------------------------------------- what the rank has
+
+    def _held(self) -> Iterator[tuple[Source, Piece]]:
+        """The sources' rows that it has, and where they go; none if it has no column."""
+        rows = self.rows if self.columns.start < self.columns.stop else ()
+        for source, piece in cut(rows, [source.rows for source in self.sources]):
+            yield self.sources[source], piece
+
+    def _zeros_between(self, top: int, bottom: int) -> Iterator[tuple[int, np.ndarray]]:
+        if top < bottom:
+            yield top, np.zeros((bottom - top, self.shape[1]), np.uint8)
+
+    def _by_group(self, read: Callable[[Source, slice, slice], np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+        """What `read` gives of some rows of a source and of groups of columns, for all of the rank's matrix."""
+        height = self.format["block"][0] if PACKING == "fp8" else 1
+        columns, groups = self._groups(slice(0, self.shape[1])), self._groups(self.columns)
+        found = np.zeros((-(-self.shape[0] // height), columns.stop), dtype)
+        for source, piece in self._held():
+            values = read(source, _blocks(slice(piece.start, piece.stop), height), groups)
+            found[piece.at // height :][: len(values), : values.shape[1]] = values
+        return found
+
+    def _groups(self, columns: slice) -> slice:
+        """Of columns that begin at a group: groups, or blocks."""
+        if PACKING == "fp8":
+            return _blocks(columns, self.format["block"][1])
+        size = self.format["group_size"]
+        return _blocks(columns, size) if size else slice(0, 1)
 
     # ------------------------------------------------------------------------------------------- as it is packed
 
     def _rows(self, source: Source, rows: slice) -> np.ndarray:
-        """q of some rows, uint8 [rows, in]."""
+        """q of some rows of a source and the rank's columns, uint8."""
+        columns = self.columns
         if PACKING == "fp8":
-            return self._read(source, "weight", rows)
+            return self._read(source, "weight", rows, columns)
         if PACKING == "awq":
-            words = self._read(source, "qweight", slice(None), slice(rows.start // 8, -(-rows.stop // 8)))
-            return _nibbles(words).T
+            words = self._read(source, "qweight", columns, _blocks(rows, 8))
+            return _nibbles(words).T[_within(rows, 8)]
         if PACKING == "gptq":
-            columns = _split(self._read(source, "qweight", slice(None), rows).T, self.format["bits"])
-            return columns[:, self._order] if ACT_ORDER else columns
-        stored = self._read(source, "qweight", rows)
+            per_word = 32 // self.format["bits"]
+            words = self._read(source, "qweight", _blocks(columns, per_word), rows)
+            values = _split(words.T, self.format["bits"])[:, _within(columns, per_word)]
+            return values[:, self._order] if ACT_ORDER else values
         if PACKING == "int8":
-            return _unsigned(stored)
+            return _unsigned(self._read(source, "qweight", rows, columns))
         if INT8_HEAD and self.format["packing"] == "int8":
-            return _unsigned(stored)
-        return _halves(stored)[:, : self.shape[1]]
+            return _unsigned(self._read(source, "qweight", rows, columns))
+        return _halves(self._read(source, "qweight", rows, _blocks(columns, 2)))[:, _within(columns, 2)]
 
-    def _scales(self, source: Source) -> np.ndarray:
-        """s of a source, float32."""
+    def _scales(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
+        """s of some rows and groups of a source, of blocks of them in float8: float32."""
         if PACKING == "fp8":
-            return _floats(self._read(source, "weight_scale_inv"))
+            return _floats(self._read(source, "weight_scale_inv", rows, groups))
         if PACKING in ("awq", "gptq"):
-            return _floats(self._read(source, "scales")).T
-        return _floats(self._read(source, "scales")).reshape(source.rows, -1)
+            return _floats(self._read(source, "scales", groups, rows)).T
+        if PACKING == "int8":
+            return _floats(self._read(source, "scales", rows)).reshape(-1, 1)[:, groups]
+        if INT8_HEAD and self.format["packing"] == "int8":
+            return _floats(self._read(source, "scales", rows)).reshape(-1, 1)[:, groups]
+        return _floats(self._read(source, "scales", rows, groups))
 
     if PACKING in ("awq", "gptq"):
 
-        def _zeros(self, source: Source) -> np.ndarray:
-            words = self._read(source, "qzeros")
+        def _zeros(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
+            """z of some rows and groups of a source, uint8."""
             if PACKING == "awq":
-                return _nibbles(words).T
-            points = _split(words, self.format["bits"]).T
+                return _nibbles(self._read(source, "qzeros", groups, _blocks(rows, 8))).T[_within(rows, 8)]
+            per_word = 32 // self.format["bits"]
+            words = self._read(source, "qzeros", groups, _blocks(rows, per_word))
+            points = _split(words, self.format["bits"]).T[_within(rows, per_word)]
             if GPTQ_V1:
                 if points.max() == 255:  # of 8 bits
                     raise CheckpointError(f"{source.tensors['qzeros'].name}: a zero point of 256 is beyond 8 bits")
@@ -165,8 +218,10 @@ class QuantizedMatrix:
         return read_raw(self.stored, source.tensors[suffix].name, *index)
 
 
-def read_quantized(entry: dict[str, Any], layer: int, stored: dict[str, Stored]) -> QuantizedMatrix:
-    """The matrix of an entry of MANIFEST.json, in a layer."""
+def read_quantized(
+    entry: dict[str, Any], layer: int, stored: dict[str, Stored], rank: int = 0, degree: int = 1
+) -> QuantizedMatrix:
+    """What a rank has of the matrix of an entry of MANIFEST.json, in a layer."""
 
     def tensor(name: str, shape: list[int], dtypes: list[str], optional: bool) -> Tensor:
         return Tensor(name.replace("{i}", str(layer)), tuple(shape), tuple(dtypes), optional)
@@ -175,8 +230,18 @@ def read_quantized(entry: dict[str, Any], layer: int, stored: dict[str, Stored])
         Source(source["rows"], {suffix: tensor(*told) for suffix, told in source["tensors"].items()})
         for source in entry["sources"]
     )
-    name = entry["name"].replace("{i}", str(layer))
-    return QuantizedMatrix(name, tuple(entry["shape"]), entry["format"], sources, stored)
+    shared = read_entry(entry)
+    out_features, in_features = shared.share(degree)
+    columns = shared.column_piece(degree, rank)
+    return QuantizedMatrix(
+        entry["name"].replace("{i}", str(layer)),
+        (out_features, in_features),
+        tuple(shared.row_pieces(degree, rank)),
+        slice(columns.start, columns.stop),
+        entry["format"],
+        sources,
+        stored,
+    )
 
 
 if PACKING == "gptq":
@@ -198,6 +263,17 @@ def read_raw(stored: dict[str, Stored], name: str, *index: slice) -> np.ndarray:
     found = stored[name]
     start = _offsets(found.file, found.file.stat().st_mtime_ns)[name]
     return np.memmap(found.file, DTYPES[found.dtype], "r", start, found.shape)[index]
+
+
+def _blocks(span: slice, size: int) -> slice:
+    """The blocks of `size` rows or columns that a span touches."""
+    return slice(span.start // size, -(-span.stop // size))
+
+
+def _within(span: slice, size: int) -> slice:
+    """The span, in the blocks that it touches."""
+    first = span.start // size * size
+    return slice(span.start - first, span.stop - first)
 
 
 def _nibbles(words: np.ndarray) -> np.ndarray:
