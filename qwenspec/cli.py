@@ -90,6 +90,7 @@ Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="H
 Context = Annotated[
     int | None, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence. Default: 4096.")
 ]
+Degree = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Default: the spec's.")]
 Json = Annotated[bool, typer.Option("--json", help="Print data as JSON on stdout.")]
 
@@ -114,6 +115,7 @@ def gen(
     variant: Variant = None,
     quantization: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
     kv_cache: Annotated[str | None, typer.Option(metavar="SCHEME", help="Instead of the spec's.")] = None,
+    tp: Degree = 1,
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where packages go.")] = GENERATED,
     all_: Annotated[bool, typer.Option("--all", help="Everything in DIR/manifest.yaml.")] = False,
     check: Annotated[bool, typer.Option("--check", help="Only say what differs, and exit 1.")] = False,
@@ -123,19 +125,22 @@ def gen(
     from qwenspec.commands import packages
     from qwenspec.commands.specs import pick
 
-    if all_ != (spec is None) or (all_ and (variant or quantization or kv_cache)):
+    if all_ != (spec is None) or (all_ and (variant or quantization or kv_cache or tp != 1)):
         problem = "`gen --all` takes no SPEC and no variant" if all_ else "`gen` needs a SPEC, or --all"
         raise SpecError([Diagnostic("usage", problem, hint="qwenspec gen --help")])
     if spec is None:
         jobs = packages.committed(out)
     else:
         jobs = [packages.Job(pick(spec, variant, quantization, kv_cache), backend, out)]
+        packages.check_degree(jobs[0], tp)
     strays = packages.stray(out, jobs) if all_ else []
     if check:
         return packages.compare(jobs, strays, as_json)
     written = packages.write(jobs)
     console.result(written, packages.written_text, as_json)
     packages.warn(strays)
+    if tp > 1:
+        packages.say_how(jobs[0], tp)
     return None
 
 
@@ -256,7 +261,7 @@ def diff(a: Annotated[str, _spec("A")], b: Annotated[str, _spec("B")], as_json: 
 @guarded
 def plan(
     spec: Spec,
-    tp: Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")] = 1,
+    tp: Degree = 1,
     context: Context = None,
     batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
     variant: Variant = None,
@@ -289,6 +294,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Dtype = None,
     backend: Backend = "triton",
+    tp: Degree = 1,
     as_json: Json = False,
 ) -> None:
     """Generate text, streamed."""
@@ -309,7 +315,11 @@ def run(
         "chat": chat,
         "json": as_json,
     }
-    execute.run(pick(spec, variant), backend, device, execute.arguments(options))
+    picked, arguments = pick(spec, variant), execute.arguments(options)
+    if tp == 1:
+        execute.run(picked, backend, device, arguments)
+    else:
+        execute.run_ranks(picked, backend, device, arguments, tp)
 
 
 @app.command()

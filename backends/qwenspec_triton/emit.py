@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    runtime, shared = ["cache", "graphs", "weights"], ["checkpoint", "sequences", "stored", "text"]
+    runtime = ["cache", "graphs", "parallel", "weights"]
+    shared = ["checkpoint", "ranks", "sequences", "stored", "text"]
     if shape.head != "embedding":
         runtime.append("generate")
         shared.append("generation")
@@ -31,7 +32,7 @@ def emit(model: Model) -> dict[str, str]:
             ["__init__", "__main__", "config", "layers", "model", "rope"],
             **linears,
         ),
-        **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),
+        **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape, LM_HEAD=shape.head != "embedding"),
         **_kernels(shape, linears["plain_product"]),
         **common(shape, *shared),
         **manifest(model),

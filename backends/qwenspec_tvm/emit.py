@@ -14,11 +14,12 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out, shared = {"__init__"}, ["checkpoint", "sequences", "stored", "text"]
-    if shape.head == "embedding":
-        left_out.add("generate")
-    else:
+    left_out, shared = {"__init__"}, ["checkpoint", "ranks", "sequences", "stored", "text"]
+    generates = shape.head != "embedding"
+    if generates:
         shared.append("generation")
+    else:
+        left_out.add("generate")
     runtime = [file for file in sorted((HERE / "runtime").glob("*.py")) if file.stem not in left_out]
     quantized = shape.weights or shape.head_weights
     if quantized:
@@ -32,8 +33,8 @@ def emit(model: Model) -> dict[str, str]:
     ]
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
-        **vendor(runtime, shape),
-        **vendor(kernels, shape, "kernels"),
+        **vendor(runtime, shape, LM_HEAD=generates),
+        **vendor(kernels, shape, "kernels", LM_HEAD=generates),
         # TVM's cache cannot give pages back behind a window: it would lose the tokens' positions.
         **common(shape, *shared, EVICTS=False),
         **manifest(model),

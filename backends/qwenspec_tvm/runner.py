@@ -28,7 +28,7 @@ class TvmRunner(PackageRunner):
 
     def taps(self, ids: Ints, cache: Cache) -> Mapping[str, Floats]:
         """Compiles a second library when first asked for."""
-        self._taps = self._taps or Taps(self.module, self._device, self.model.dtype)
+        self._taps = self._taps or Taps(self.module, self._device, self.model.dtype, self.model.ranks.size)
         embeds = self.model.embed(self._ids(ids))
         outputs = self._taps(self.model, embeds, cache)
         return {"embed_tokens": self._numpy(embeds)[0]} | {name: self._numpy(out) for name, out in outputs.items()}

@@ -18,15 +18,15 @@ from qwenspec.backend.adapter import is_layer, replaced
 class Taps:
     """`batch_verify`, compiled once more so that it returns every module's output too."""
 
-    def __init__(self, package: ModuleType, device: str, dtype: str) -> None:
-        """In memory, for the target that Model.load takes by this name."""
+    def __init__(self, package: ModuleType, device: str, dtype: str, degree: int = 1) -> None:
+        """In memory, for the target that Model.load takes by this name. Of several ranks, each has its own outputs."""
         compiler, layers, targets = (
             importlib.import_module(f"{package.__name__}.{name}") for name in ("compiler", "layers", "targets")
         )
         target = targets.find_target(device)
         recorder = _Recorder(layers, importlib.import_module(f"{package.__name__}.kernels.attention"))
         with target, compiler.quick_frames():
-            decoder = compiler.Decoder(package.Config(), dtype)
+            decoder = compiler.Decoder(package.Config(), dtype, degree)
             with recorder.attached(decoder):
                 exported, _ = decoder.export_tvm(spec=_spec(decoder, recorder.outputs))
         executable = compiler.compile_module(exported, target, {})

@@ -2,7 +2,8 @@
 #   qwenspec gen specs/qwen2.yaml --variant qwen2-0.5b --backend triton
 """Sizes and constants of qwen2-0.5b."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,3 +21,17 @@ class Config:
     attention_scale: float = 0.125  # 1 / sqrt(head_dim)
     rotary_dim: int = 64
     rope_theta: float = 1000000.0
+
+    def share(self, degree: int) -> "Config":
+        """The sizes of one of `degree` ranks: its share of the model is a smaller model of the same structure."""
+        if degree == 1:
+            return self
+        heads = self.num_attention_heads // degree
+        readers = self.num_attention_heads // self.num_key_value_heads  # query heads of each key/value head
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // degree),  # rounded up: the last rank's end with zeros
+            num_attention_heads=heads,
+            num_key_value_heads=heads // math.gcd(heads, readers),
+            intermediate_size=-(-self.intermediate_size // degree),
+        )

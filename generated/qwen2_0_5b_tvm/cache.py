@@ -41,6 +41,7 @@ class PagedKVCache:
     ) -> None:
         """Room for max_batch_size sequences in ceil(max_total_seq_len / page_size) pages.
 
+        config: the sizes of a rank
         One forward takes at most `prefill_chunk_size` tokens, or one token of each sequence.
         `create` is the library's create_paged_kv_cache."""
         if device.type != "cpu" and page_size != GPU_PAGE_SIZE:

@@ -45,10 +45,11 @@ METHODS = (
 )
 
 
-def export(dtype: str, target: Target) -> tuple[IRModule, list[dict[str, Any]]]:
-    """The Relax functions METHODS, and the parameters that they take, in order, as {name, shape, dtype}."""
+def export(dtype: str, target: Target, degree: int = 1) -> tuple[IRModule, list[dict[str, Any]]]:
+    """The Relax functions METHODS, and the parameters that they take, in order, as {name, shape, dtype}: those of
+    each of `degree` ranks."""
     with target, quick_frames():
-        decoder = Decoder(Config(), dtype)
+        decoder = Decoder(Config(), dtype, degree)
         module, parameters = decoder.export_tvm(spec=decoder.get_default_spec())
     described = [{"name": name, "shape": [int(i) for i in p.shape], "dtype": str(p.dtype)} for name, p in parameters]
     return module, described

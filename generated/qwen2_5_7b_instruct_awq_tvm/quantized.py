@@ -4,20 +4,22 @@
 
 W[n, k] = (q[n, k] - z[n, g]) · s[n, g], where g is the group of input k
 
-A matrix [out, in] is read a few rows at a time and never dequantised here; its scales come whole.
+A matrix [out, in] is read a few rows at a time and never dequantised here; its scales come whole. Of several ranks,
+each reads what it has of the matrix; where it has fewer rows or columns than room for them, the scales are zeros.
 """
 
 from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .shares import Piece, cut, read_entry
 from .stored import PIECE, CheckpointError, Stored, Tensor
 
 INTEGERS = {"I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "BF16": "<u2"}  # floats that numpy has not, as bits
@@ -35,10 +37,15 @@ class Source:
 
 @dataclass(frozen=True)
 class QuantizedMatrix:
-    """A quantised parameter [out, in] in a checkpoint. Raises CheckpointError where its numbers make no sense."""
+    """What a rank has of a quantised parameter in a checkpoint. Raises CheckpointError where its numbers make no sense.
+
+    shape: [out, in] on every rank
+    rows, columns: those of the whole matrix that this one has"""
 
     name: str
     shape: tuple[int, int]
+    rows: tuple[Piece, ...]
+    columns: slice
     format: dict[str, Any]  # as in MANIFEST.json
     sources: tuple[Source, ...]
     stored: dict[str, Stored]
@@ -52,50 +59,84 @@ class QuantizedMatrix:
         """Rows from the top, some at a time: the index of the first, and q, uint8 [rows, in].
 
         Integers are unsigned: q is in 0 … 2^bits - 1."""
-        row = 0
-        for source in self.sources:
-            # Whole words; unpacking and packing anew take several times as much.
-            step = max(8, PIECE // (8 * self.shape[1]) // 8 * 8)
-            for start in range(0, source.rows, step):
-                values = self._rows(source, slice(start, min(start + step, source.rows)))
-                yield row + start, np.ascontiguousarray(values)
-            row += source.rows
+        # Whole words; unpacking and packing anew take several times as much.
+        step = max(8, PIECE // (8 * self.shape[1]) // 8 * 8)
+        top = 0
+        for source, piece in self._held():
+            yield from self._zeros_between(top, piece.at)
+            for start in range(piece.start, piece.stop, step):
+                values = self._rows(source, slice(start, min(start + step, piece.stop)))
+                missing = self.shape[1] - values.shape[1]
+                whole = np.pad(values, ((0, 0), (0, missing))) if missing else values
+                yield piece.at + start - piece.start, np.ascontiguousarray(whole)
+            top = piece.at + piece.stop - piece.start
+        yield from self._zeros_between(top, self.shape[0])
 
     def scales(self) -> np.ndarray:
         """All of s.
 
         -> float16 [out, groups]
         """
-        scales = np.concatenate([self._scales(source) for source in self.sources])
+        scales = self._by_group(self._scales, np.float32)
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.name}: a scale is not a finite number")
         return _float16(self.name, scales)
 
     def zeros(self) -> np.ndarray:
         """z, uint8 [out, groups]."""
-        return np.concatenate([self._zeros(source) for source in self.sources])
+        return self._by_group(self._zeros, np.uint8)
+
+    # --------------------------------------------------------------------------------------- what the rank has
+
+    def _held(self) -> Iterator[tuple[Source, Piece]]:
+        """The sources' rows that it has, and where they go; none if it has no column."""
+        rows = self.rows if self.columns.start < self.columns.stop else ()
+        for source, piece in cut(rows, [source.rows for source in self.sources]):
+            yield self.sources[source], piece
+
+    def _zeros_between(self, top: int, bottom: int) -> Iterator[tuple[int, np.ndarray]]:
+        if top < bottom:
+            yield top, np.zeros((bottom - top, self.shape[1]), np.uint8)
+
+    def _by_group(self, read: Callable[[Source, slice, slice], np.ndarray], dtype: type[np.generic]) -> np.ndarray:
+        """What `read` gives of some rows of a source and of groups of columns, for all of the rank's matrix."""
+        height = 1
+        columns, groups = self._groups(slice(0, self.shape[1])), self._groups(self.columns)
+        found = np.zeros((-(-self.shape[0] // height), columns.stop), dtype)
+        for source, piece in self._held():
+            values = read(source, _blocks(slice(piece.start, piece.stop), height), groups)
+            found[piece.at // height :][: len(values), : values.shape[1]] = values
+        return found
+
+    def _groups(self, columns: slice) -> slice:
+        """Of columns that begin at a group: groups, or blocks."""
+        size = self.format["group_size"]
+        return _blocks(columns, size) if size else slice(0, 1)
 
     # ------------------------------------------------------------------------------------------- as it is packed
 
     def _rows(self, source: Source, rows: slice) -> np.ndarray:
-        """q of some rows, uint8 [rows, in]."""
-        words = self._read(source, "qweight", slice(None), slice(rows.start // 8, -(-rows.stop // 8)))
-        return _nibbles(words).T
+        """q of some rows of a source and the rank's columns, uint8."""
+        columns = self.columns
+        words = self._read(source, "qweight", columns, _blocks(rows, 8))
+        return _nibbles(words).T[_within(rows, 8)]
 
-    def _scales(self, source: Source) -> np.ndarray:
-        """s of a source, float32."""
-        return _floats(self._read(source, "scales")).T
+    def _scales(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
+        """s of some rows and groups of a source, of blocks of them in float8: float32."""
+        return _floats(self._read(source, "scales", groups, rows)).T
 
-    def _zeros(self, source: Source) -> np.ndarray:
-        words = self._read(source, "qzeros")
-        return _nibbles(words).T
+    def _zeros(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
+        """z of some rows and groups of a source, uint8."""
+        return _nibbles(self._read(source, "qzeros", groups, _blocks(rows, 8))).T[_within(rows, 8)]
 
     def _read(self, source: Source, suffix: str, *index: slice) -> np.ndarray:
         return read_raw(self.stored, source.tensors[suffix].name, *index)
 
 
-def read_quantized(entry: dict[str, Any], layer: int, stored: dict[str, Stored]) -> QuantizedMatrix:
-    """The matrix of an entry of MANIFEST.json, in a layer."""
+def read_quantized(
+    entry: dict[str, Any], layer: int, stored: dict[str, Stored], rank: int = 0, degree: int = 1
+) -> QuantizedMatrix:
+    """What a rank has of the matrix of an entry of MANIFEST.json, in a layer."""
 
     def tensor(name: str, shape: list[int], dtypes: list[str], optional: bool) -> Tensor:
         return Tensor(name.replace("{i}", str(layer)), tuple(shape), tuple(dtypes), optional)
@@ -104,8 +145,18 @@ def read_quantized(entry: dict[str, Any], layer: int, stored: dict[str, Stored])
         Source(source["rows"], {suffix: tensor(*told) for suffix, told in source["tensors"].items()})
         for source in entry["sources"]
     )
-    name = entry["name"].replace("{i}", str(layer))
-    return QuantizedMatrix(name, tuple(entry["shape"]), entry["format"], sources, stored)
+    shared = read_entry(entry)
+    out_features, in_features = shared.share(degree)
+    columns = shared.column_piece(degree, rank)
+    return QuantizedMatrix(
+        entry["name"].replace("{i}", str(layer)),
+        (out_features, in_features),
+        tuple(shared.row_pieces(degree, rank)),
+        slice(columns.start, columns.stop),
+        entry["format"],
+        sources,
+        stored,
+    )
 
 
 def read_raw(stored: dict[str, Stored], name: str, *index: slice) -> np.ndarray:
@@ -115,6 +166,17 @@ def read_raw(stored: dict[str, Stored], name: str, *index: slice) -> np.ndarray:
     found = stored[name]
     start = _offsets(found.file, found.file.stat().st_mtime_ns)[name]
     return np.memmap(found.file, DTYPES[found.dtype], "r", start, found.shape)[index]
+
+
+def _blocks(span: slice, size: int) -> slice:
+    """The blocks of `size` rows or columns that a span touches."""
+    return slice(span.start // size, -(-span.stop // size))
+
+
+def _within(span: slice, size: int) -> slice:
+    """The span, in the blocks that it touches."""
+    first = span.start // size * size
+    return slice(span.start - first, span.stop - first)
 
 
 def _nibbles(words: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from .config import Config
 from .engine import Model
 from .generate import generate
 from .generation import Sampling, Token
+from .ranks import RankError
 from .sequences import OutOfPages
 from .targets import BuildError
 
@@ -23,6 +24,7 @@ __all__ = [
     "Model",
     "OutOfPages",
     "PagedKVCache",
+    "RankError",
     "Sampling",
     "Token",
     "generate",

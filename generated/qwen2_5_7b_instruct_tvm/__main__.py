@@ -4,11 +4,13 @@
 
 import argparse
 import json
+import os
 import sys
 
 import tvm
 
-from . import BuildError, CheckpointError, Model, Sampling, generate
+from . import BuildError, CheckpointError, Model, RankError, Sampling, generate
+from .ranks import join, tell, together
 from .text import Text, TextError
 
 
@@ -30,13 +32,16 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return run(args)
-    except (BuildError, CheckpointError, TextError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (BuildError, CheckpointError, RankError, TextError, ValueError) as error:
+        tell(f"error: {error}")
         return 2
 
 
 def run(args: argparse.Namespace) -> int:
-    text = Text(args.weights)
+    ranks = join("cpu", **settings(args))
+    if ranks.rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # rank 0 prints
+    text = together(ranks, lambda: Text(args.weights))
     model = Model.load(args.weights, args.device, args.dtype, args.library)
     prompts = [text.chat([{"role": "user", "content": p}]) if args.chat else p for p in args.prompt]
     stop = text.stop_tokens().union(map(text.token, args.stop))
@@ -58,6 +63,12 @@ def run(args: argparse.Namespace) -> int:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"--- {prompt}\n{answer}")
     return 0
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What all ranks have to be given alike; paths may differ from machine to machine."""
+    paths = {"weights", "library"}
+    return {f"--{name}": value for name, value in vars(args).items() if name not in paths}
 
 
 def warn(tokens: int, model: Model) -> None:

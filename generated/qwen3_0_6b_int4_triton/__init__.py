@@ -7,6 +7,7 @@ from .config import Config
 from .generate import generate
 from .generation import Sampling, Token
 from .model import Model
+from .ranks import RankError, Ranks
 from .sequences import OutOfPages
 from .weights import CheckpointError
 
@@ -17,6 +18,8 @@ __all__ = [
     "Model",
     "OutOfPages",
     "PagedKVCache",
+    "RankError",
+    "Ranks",
     "Sampling",
     "Token",
     "generate",

@@ -11,15 +11,16 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import Checkpoint, CheckpointError, Parameter, open_checkpoint
+from .ranks import Ranks
 
 __all__ = ["CheckpointError", "load_weights"]
 
 
-def load_weights(model: nn.Module, folder: str | Path, device: torch.device) -> None:
-    """Give every parameter of `model`, built on the meta device in its final dtypes, its values.
+def load_weights(model: nn.Module, folder: str | Path, device: torch.device, ranks: Ranks) -> None:
+    """Give every parameter of `model`, built on the meta device in its final dtypes, what the rank has of its values.
 
     Quantised matrices are packed as their kernels want them."""
-    checkpoint = open_checkpoint(folder)
+    checkpoint = open_checkpoint(folder, ranks.rank, ranks.size)
     for parameter in checkpoint.parameters:
         module_name, _, attribute = parameter.name.rpartition(".")
         module = model.get_submodule(module_name)
@@ -31,8 +32,9 @@ def load_weights(model: nn.Module, folder: str | Path, device: torch.device) -> 
 
 
 def read(checkpoint: Checkpoint, parameter: Parameter, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One parameter, its sources below one another."""
-    filled = torch.empty(parameter.shape, dtype=dtype, device=device)
+    """What the rank has of a parameter, its sources below one another, and zeros where that is less than its share."""
+    new = torch.empty if parameter.degree == 1 else torch.zeros
+    filled = new(parameter.shape, dtype=dtype, device=device)
     for row, piece in checkpoint.pieces(parameter, "pt"):
-        filled[row : row + len(piece)].copy_(piece)
+        filled[row : row + len(piece)][..., : piece.shape[-1]].copy_(piece)
     return filled

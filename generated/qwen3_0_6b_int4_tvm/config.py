@@ -2,7 +2,8 @@
 #   qwenspec gen specs/qwen3.yaml --variant qwen3-0.6b --backend tvm --quantization int4
 """Sizes and constants of qwen3-0.6b."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -21,3 +22,18 @@ class Config:
     rotary_dim: int = 128
     rope_theta: float = 1000000.0
     group_size: int = 32  # inputs of a quantised matrix that share a scale
+
+    def share(self, degree: int) -> "Config":
+        """The sizes of one of `degree` ranks: its share of the model is a smaller model of the same structure."""
+        if degree == 1:
+            return self
+        heads = self.num_attention_heads // degree
+        readers = self.num_attention_heads // self.num_key_value_heads  # query heads of each key/value head
+        units = -(-self.intermediate_size // 32)  # of features that share scales
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // degree),  # rounded up: the last rank's end with zeros
+            num_attention_heads=heads,
+            num_key_value_heads=heads // math.gcd(heads, readers),
+            intermediate_size=-(-units // degree) * 32,
+        )

@@ -51,22 +51,23 @@ class Library:
         return relax.VirtualMachine(self.module, device, "naive" if device.type == "cpu" else "pooled")
 
 
-def find_library(target: Target, dtype: str) -> Library:
-    """The library of this package for a target, from the cache, or compiled and kept there.
+def find_library(target: Target, dtype: str, degree: int = 1) -> Library:
+    """The library of this package for a target and each of `degree` ranks, from the cache, or compiled and kept there.
 
     The cache is $QWENSPEC_CACHE, or qwenspec/ in $XDG_CACHE_HOME or ~/.cache. Several processes may look at once:
     each writes a file of its own and renames it.
     """
-    wanted = describe(target, dtype)
+    wanted = describe(target, dtype, degree)
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
-    name = re.sub(r"[^\w.-]", "_", f"{wanted['variant']}-{dtype}-{target.kind.name}-{key[:16]}.so")
+    ranks = f"-tp{degree}" if degree > 1 else ""
+    name = re.sub(r"[^\w.-]", "_", f"{wanted['variant']}-{dtype}-{target.kind.name}{ranks}-{key[:16]}.so")
     path = cache_folder() / name
     try:
         return read_library(path)
     except BuildError:
         pass  # none, or damaged: a new one takes its place
     note(f"compiling {wanted['variant']} in {dtype} for {title(wanted)}, once")
-    executable, metadata = compile_library(target, dtype)
+    executable, metadata = compile_library(target, dtype, degree)
     try:
         write_library(executable, metadata, path)
     except BuildError as error:
@@ -82,7 +83,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenspec"
 
 
-def describe(target: Target, dtype: str) -> dict[str, Any]:
+def describe(target: Target, dtype: str, degree: int = 1) -> dict[str, Any]:
     """All that decides what a library holds, as a part of its metadata."""
     if dtype not in DTYPES:
         raise BuildError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -93,6 +94,7 @@ def describe(target: Target, dtype: str) -> dict[str, Any]:
         "spec_sha256": manifest["spec_sha256"],
         "sources_sha256": _sources_hash(),
         "dtype": dtype,
+        "tensor_parallel_shards": degree,
         "target": {
             "kind": target.kind.name,
             **arch,
@@ -104,18 +106,18 @@ def describe(target: Target, dtype: str) -> dict[str, Any]:
     }
 
 
-def compile_library(target: Target, dtype: str) -> tuple[relax.VMExecutable, dict[str, Any]]:
+def compile_library(target: Target, dtype: str, degree: int = 1) -> tuple[relax.VMExecutable, dict[str, Any]]:
     """An executable and its metadata: describe()'s, and `methods` and `params`, the latter in the order they are
-    passed."""
+    passed, with the shapes that each of `degree` ranks has."""
     from .compiler import METHODS, compile_module, export  # imports the kernels, which a kept library does not need
 
-    wanted = describe(target, dtype)
+    wanted = describe(target, dtype, degree)
     if target.kind.name == "cuda":
         from . import cuda
 
-        cuda.check_sizes(Config())
+        cuda.check_sizes(Config().share(degree))
         cuda.install_compiler(wanted["target"]["arch"], cache_folder())
-    module, params = export(dtype, target)
+    module, params = export(dtype, target, degree)
     metadata = {**wanted, "methods": list(METHODS), "params": params}
     return compile_module(module, target, metadata), metadata
 
@@ -183,9 +185,10 @@ def check(metadata: dict[str, Any], path: Path) -> None:
 
 
 def title(metadata: dict[str, Any]) -> str:
-    """A target in a word or two."""
-    target = metadata["target"]
-    return f"{target['kind']} {target.get('arch', target['mcpu'])}"
+    """A target in a word or two, and for how many ranks."""
+    target, degree = metadata["target"], metadata["tensor_parallel_shards"]
+    ranks = f", {degree} ranks" if degree > 1 else ""
+    return f"{target['kind']} {target.get('arch', target['mcpu'])}{ranks}"
 
 
 def note(text: str) -> None:
@@ -205,7 +208,8 @@ def _link(executable: relax.VMExecutable, file: Path) -> None:
 
 def _rebuild(metadata: dict[str, Any]) -> str:
     device = "cuda" if metadata["target"]["kind"] == "cuda" else "cpu"
-    return f"build it here, python -m {HERE.name}.build --device {device} --dtype {metadata['dtype']} -o FILE"
+    tp = f" --tp {metadata['tensor_parallel_shards']}" if metadata["tensor_parallel_shards"] > 1 else ""
+    return f"build it here, python -m {HERE.name}.build --device {device} --dtype {metadata['dtype']}{tp} -o FILE"
 
 
 def _seal(library: bytes, metadata: bytes) -> bytes:

@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from .config import Config
 from .kernels.attention import create_cache
+from .kernels.collectives import FirstToken, gather_logits, lookup
 from .kernels.qkv import rotary_tables
 from .layers import DecoderLayer, QuantizedEmbedding, RMSNorm
 from .rope import inverse_frequencies
@@ -22,12 +23,16 @@ from .rope import inverse_frequencies
 class Decoder(nn.Module):
     """Made and exported within a target, which chooses how weights are stored."""
 
-    def __init__(self, config: Config, dtype: str) -> None:
+    def __init__(self, config: Config, dtype: str, degree: int = 1) -> None:
+        """What one of `degree` ranks has of a model of these sizes."""
         self.config = config
+        self.share = share = config.share(degree)
+        self.degree = degree
         self.dtype = dtype
-        self.embed_tokens = QuantizedEmbedding(config.vocab_size, config.hidden_size, dtype)
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.first_token = FirstToken() if degree > 1 else None
+        self.embed_tokens = QuantizedEmbedding(share.vocab_size, share.hidden_size, dtype)
+        self.layers = nn.ModuleList([DecoderLayer(share, degree, index) for index in range(share.num_hidden_layers)])
+        self.norm = RMSNorm(share.hidden_size, share.norm_eps)
         self.to(dtype)
 
     def forward(self, embeds: Tensor, cache: PagedKVCache) -> Tensor:
@@ -44,13 +49,15 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[m, hidden] -> logits [m, vocab] in float32."""
-        return self.embed_tokens.weight.linear(x, None).astype("float32")
+        logits = self.embed_tokens.weight.linear(x, None)
+        return gather_logits(logits.astype("float32"), self.config.vocab_size, self.degree)
 
     # ------------------------------------------------------------------- what a serving engine calls
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """ids [n] -> [1, n, hidden]."""
-        return op.unsqueeze(self.embed_tokens(input_ids), 0)
+        x = lookup(self.embed_tokens, input_ids, self.share.vocab_size, self.first_token, self.degree)
+        return op.unsqueeze(x, 0)
 
     def prefill(self, input_embed: Tensor, paged_kv_cache: PagedKVCache) -> tuple[Tensor, PagedKVCache]:
         """[1, n, hidden] of one sequence -> logits of its last token [1, 1, vocab]."""
@@ -91,8 +98,8 @@ class Decoder(nn.Module):
             prefill_chunk_size,
             page_size,
             support_sliding_window,
-            num_heads=self.config.num_attention_heads,
-            num_kv_heads=self.config.num_key_value_heads,
+            num_heads=self.share.num_attention_heads,
+            num_kv_heads=self.share.num_key_value_heads,
             head_dim=self.config.head_dim,
             windows=[None] * self.config.num_hidden_layers,
             dtype=self.dtype,

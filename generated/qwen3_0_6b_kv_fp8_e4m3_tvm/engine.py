@@ -16,13 +16,16 @@ import ml_dtypes
 import numpy as np
 import tvm
 from tvm.runtime import Tensor
+from tvm.target import Target
 from tvm_ffi import Shape
 
+from . import nccl, parallel
 from .cache import PagedKVCache
 from .checkpoint import open_checkpoint
 from .config import Config
 from .kernels.kv_layout import ENTRY_DTYPE
 from .library import Library, find_library, read_library, title
+from .ranks import Ranks, join, together
 from .targets import BuildError, find_device, find_target, usable_cores
 from .weights import aligned_copy, load_parameters, share
 
@@ -33,9 +36,19 @@ Embeds: TypeAlias = "Tensor | np.ndarray"  # in the model's dtype, or of numpy i
 class Model:
     """`load` makes one. Tensors are TVM's: `.numpy()` copies one to the host."""
 
-    def __init__(self, library: Library, parameters: Sequence[Tensor], device: tvm.runtime.Device) -> None:
-        """A library whose parameters are on a device of its kind."""
+    def __init__(
+        self,
+        library: Library,
+        parameters: Sequence[Tensor],
+        device: tvm.runtime.Device,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """A library whose parameters are on a device of its kind.
+
+        ranks: the processes that share the model, each with its own parameters; None: this one has all"""
         self.config = Config()
+        self.ranks = ranks or Ranks()
+        self._share = self.config.share(self.ranks.size)
         self.dtype: str = library.metadata["dtype"]
         self.device = device
         self._parameters = tvm.runtime.convert(list(parameters))
@@ -51,16 +64,24 @@ class Model:
         device: "cpu", "cuda", "cuda:1", or a target as build.py takes it
         library: a file that build.py wrote, whose dtype is the default then. Without one, this package is compiled
             the first time, and kept (see library.py)
-        Raises CheckpointError, or BuildError for a device or a library that cannot be used."""
-        target, place = find_target(device), find_device(device)
-        checkpoint = open_checkpoint(folder)
+        Under torchrun every rank loads its share, calls the same methods with the same arguments, and gets the same.
+        Raises CheckpointError, BuildError for a device or a library that cannot be used, or RankError."""
+        ranks = join("cpu", tvm=tvm.__version__, dtype=dtype)
+        target, place = together(ranks, lambda: _find_place(device, ranks))
+        checkpoint = together(ranks, lambda: open_checkpoint(folder, ranks.rank, ranks.size))
         use_all_cores()
+        if ranks.size > 1 and place.type == "cpu":
+            parallel.connect()
+        elif ranks.size > 1:
+            nccl.connect(ranks, place)
         if library is None:
-            found = find_library(target, dtype or Config().dtype)
+            found = _find_library(target, dtype or Config().dtype, ranks)
         else:
-            found = read_library(Path(library))
-            _check_library(found, Path(library), target.kind.name, dtype)
-        return cls(found, load_parameters(checkpoint, found.metadata["params"], place), place)
+            found = together(ranks, lambda: _read_library(Path(library), target.kind.name, dtype, ranks))
+        first_token = ranks.rank * Config().share(ranks.size).vocab_size
+        described = found.metadata["params"]
+        parameters = together(ranks, lambda: load_parameters(checkpoint, described, place, first_token))
+        return cls(found, parameters, place, ranks)
 
     # ------------------------------------------------------------------- what a serving engine calls
 
@@ -107,7 +128,7 @@ class Model:
             raise ValueError("support_sliding_window: this package keeps the pages behind a window; leave it out")
         sizes = (max_batch_size, max_total_seq_len, prefill_chunk_size, page_size)
         arguments = (self._methods["create_paged_kv_cache"], *sizes, ENTRY_DTYPE, self.device)
-        return PagedKVCache(self.config, *arguments)
+        return PagedKVCache(self._share, *arguments)
 
     def _forward(self, method: str, embeds: Tensor, cache: PagedKVCache, *others: Tensor) -> Tensor:
         rows, columns, _ = embeds.shape
@@ -142,23 +163,49 @@ _reshape = tvm.get_global_func("vm.builtin.reshape")
 
 
 def use_all_cores() -> None:
-    """TVM's threads become as many as the cores that this process may use, where the environment says nothing.
+    """TVM's threads become as many as the cores that this process may use, where the environment says nothing: those
+    that torchrun started on this machine share them.
 
     To be called before TVM's threads start. TVM itself would take half the machine's, and bind each to a core that
     this process may not own, or another process keep busy. And its threads would spin long after a step, for 300,000
     turns; 1,000 bridge the gaps within one as well."""
     if not os.environ.keys() & {"TVM_NUM_THREADS", "OMP_NUM_THREADS"}:
-        os.environ["TVM_NUM_THREADS"] = str(usable_cores())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        os.environ["TVM_NUM_THREADS"] = str(max(1, usable_cores() // here))
     os.environ.setdefault("TVM_BIND_THREADS", "0")
     os.environ.setdefault("TVM_THREAD_POOL_SPIN_COUNT", "1000")
 
 
-def _check_library(library: Library, path: Path, kind: str, dtype: str | None) -> None:
-    metadata = library.metadata
+def _find_place(device: str, ranks: Ranks) -> tuple[Target, tvm.runtime.Device]:
+    """What a rank compiles for and runs on: of several, on the GPU that has its number on the machine."""
+    target, place = find_target(device), find_device(device)
+    if ranks.size > 1 and place.type != "cpu":
+        if device.startswith("cuda:") and device[5:].isdecimal():
+            raise BuildError(f"each of {ranks.size} ranks takes the GPU of its own number: name cuda, and not {device}")
+        place = find_device(f"cuda:{ranks.local_rank}")
+    return target, place
+
+
+def _find_library(target: Target, dtype: str, ranks: Ranks) -> Library:
+    """On each machine its first rank compiles, and the others find what it kept."""
+    first = together(ranks, lambda: None if ranks.local_rank else find_library(target, dtype, ranks.size))
+    return together(ranks, lambda: first or find_library(target, dtype, ranks.size))
+
+
+def _read_library(path: Path, kind: str, dtype: str | None, ranks: Ranks) -> Library:
+    library = read_library(path)
+    metadata, degree = library.metadata, library.metadata["tensor_parallel_shards"]
+    if degree != ranks.size:
+        raise BuildError(
+            f"{path} is for {degree} rank{'s' if degree > 1 else ''}, and {ranks.size} "
+            f"{'share' if ranks.size > 1 else 'runs'} the model: start with torchrun --nproc-per-node {degree}, or "
+            f"build another with --tp {ranks.size}"
+        )
     if metadata["target"]["kind"] != kind:
         raise BuildError(f"{path} is for {title(metadata)}, and the device is of kind {kind}: name another of the two")
     if dtype not in (None, metadata["dtype"]):
         raise BuildError(f"{path} is in {metadata['dtype']}, and {dtype} was asked for: leave dtype or library out")
+    return library
 
 
 def _integers(numbers: Ids, name: str, end: int) -> np.ndarray:

@@ -2,23 +2,23 @@
 #   qwenspec gen specs/qwen3.yaml --variant qwen3-0.6b --backend triton
 """A Hugging Face checkpoint folder, read as MANIFEST.json says.
 
-Each entry there names a parameter, its shape and the checkpoint tensors that lie in its rows, top row first; an
-entry with `{i}` stands for one parameter a layer. Everything is checked from the files' headers before anything
-is allocated, and tensors are read a piece at a time, so that memory peaks little above the model.
+Each entry there names a parameter, its shape, how ranks share it, and the checkpoint tensors that lie in its rows, top
+row first; an entry with `{i}` stands for one parameter a layer. Everything is checked from the files' headers before
+anything is allocated, and a rank reads its own share, a piece at a time, so that memory peaks little above the model.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from .shares import Piece, Shared, cut, read_entry
 from .stored import FLOATS, PIECE, CheckpointError, Stored, Tensor, read_headers
 
 __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
@@ -29,16 +29,32 @@ SHOWN = 20  # reasons in one message
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter and the (checkpoint tensor, rows) that fill it."""
+    """What a rank has of a parameter, and the (checkpoint tensor, rows) that fill the whole of it."""
 
-    name: str
-    shape: tuple[int, ...]
+    shared: Shared
     sources: tuple[tuple[str, int], ...]
+    degree: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return self.shared.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The same on every rank."""
+        return self.shared.share(self.degree)
 
     @property
     def tensors(self) -> list[Tensor]:
         """What the checkpoint must hold of it."""
-        return [Tensor(tensor, (rows, *self.shape[1:]), tuple(FLOATS)) for tensor, rows in self.sources]
+        return [Tensor(tensor, (rows, *self.shared.shape[1:]), tuple(FLOATS)) for tensor, rows in self.sources]
+
+    def pieces(self) -> Iterator[tuple[str, Piece]]:
+        """The tensors' rows that the rank has."""
+        held = self.shared.row_pieces(self.degree, self.rank)
+        for source, piece in cut(held, [rows for _, rows in self.sources]):
+            yield self.sources[source][0], piece
 
 
 @dataclass(frozen=True)
@@ -49,22 +65,27 @@ class Checkpoint:
     stored: dict[str, Stored]
 
     def pieces(self, parameter: Parameter, framework: str) -> Iterator[tuple[int, Any]]:
-        """A parameter's rows from the top, some at a time: the index of the first, and they as `framework`'s array."""
-        row = 0
-        for tensor, rows in parameter.sources:
+        """A parameter's rows from the top, some at a time: the index of the first, and they as `framework`'s array.
+
+        Of several ranks, one may have fewer rows or columns than the parameter has room for: the rest is zeros."""
+        columns = parameter.shared.column_piece(parameter.degree, parameter.rank)
+        for tensor, piece in parameter.pieces():
             found = self.stored[tensor]
-            step = max(1, PIECE // (FLOATS[found.dtype] * math.prod(found.shape[1:])))
-            for start in range(0, rows, step):
+            index = (slice(columns.start, columns.stop),) if len(found.shape) > 1 else ()
+            step = max(1, PIECE // (FLOATS[found.dtype] * max(columns.stop - columns.start, 1)))
+            for start in range(piece.start, piece.stop, step):
                 # Opened anew for each piece: closing the file drops its pages, which count as this process's memory.
                 with safe_open(found.file, framework=framework) as tensors:
-                    yield row + start, tensors.get_slice(tensor)[start : min(start + step, rows)]
-            row += rows
+                    rows = slice(start, min(start + step, piece.stop))
+                    yield piece.at + start - piece.start, tensors.get_slice(tensor)[(rows, *index)]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """The folder's tensors for this package's parameters; raises CheckpointError where they do not fit."""
+def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Checkpoint:
+    """The folder's tensors for what one of `degree` ranks has of this package's parameters.
+
+    Raises CheckpointError where they do not fit."""
     manifest = json.loads((Path(__file__).parent / "MANIFEST.json").read_text())
-    parameters = list(read_manifest(manifest))
+    parameters = list(read_manifest(manifest, rank, degree))
     stored = read_headers(Path(folder))
     wanted = [(parameter.name, tensor) for parameter in parameters for tensor in parameter.tensors]
     allowed = manifest["ignored_tensors"]
@@ -82,11 +103,12 @@ def _other_quantization(stored: dict[str, Stored]) -> list[str]:
     return [f"its weights are quantised ({quantized}), and this package's are not"] if quantized else []
 
 
-def read_manifest(manifest: dict[str, Any]) -> Iterator[Parameter]:
+def read_manifest(manifest: dict[str, Any], rank: int = 0, degree: int = 1) -> Iterator[Parameter]:
     """Its parameters, an entry with `{i}` once for each layer."""
     for entry, i in _entries(manifest):
         sources = tuple((tensor.replace("{i}", str(i)), rows) for tensor, rows in entry["sources"])
-        yield Parameter(entry["name"].replace("{i}", str(i)), tuple(entry["shape"]), sources)
+        shared = read_entry(entry)
+        yield Parameter(replace(shared, name=shared.name.replace("{i}", str(i))), sources, degree, rank)
 
 
 def _entries(manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:

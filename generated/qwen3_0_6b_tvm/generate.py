@@ -11,6 +11,7 @@ import numpy as np
 
 from .engine import reshape
 from .generation import Sampling, Token, pack
+from .parallel import broadcast
 
 
 def generate(
@@ -21,7 +22,7 @@ def generate(
     prefill_chunk_size: int = 2048,
     page_size: int = 16,
 ) -> Iterator[Token]:
-    """Continue every prompt (token ids), all of them together, yielding tokens as they come.
+    """Continue every prompt (token ids), all of them together, yielding tokens as they come: rank 0's, on every rank.
 
     Draws are numpy's: with the same seed, other tokens than a PyTorch generator's."""
     sampling = sampling or Sampling()
@@ -40,7 +41,8 @@ def generate(
     running = list(range(len(prompts)))
     produced = 0
     while True:
-        ids = sample(logits, sampling, [generators[i] for i in running]).tolist()
+        drawn = sample(logits, sampling, [generators[i] for i in running])
+        ids = broadcast(drawn, model.ranks).tolist()
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .generation import Sampling, Token, pack
+from .parallel import broadcast
 
 
 @torch.inference_mode()
@@ -39,7 +40,8 @@ def generate(
     running = list(range(len(prompts)))
     produced = 0
     while True:
-        ids = sample(logits, sampling, [generators[i] for i in running]).tolist()
+        sampled = sample(logits, sampling, [generators[i] for i in running])
+        ids = broadcast(sampled, model.ranks).tolist()  # ranks go on together, whatever each has rounded
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):

@@ -3,7 +3,8 @@
 """Decode steps as captured CUDA graphs: one launch a step instead of hundreds.
 
 A graph is captured for a batch size and a block-table width, both rounded up to a power of two; smaller batches
-run in it with padding rows that write nowhere and see nothing.
+run in it with padding rows that write nowhere and see nothing. What ranks do together is captured too: all have the
+same batches, and so capture and replay the same graphs in the same order.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ class DecodeGraph:
         self.embeds = embeds.new_zeros(size, embeds.shape[1])  # [size, hidden]
         self.batch = padded(batch, size, width)
         with torch.cuda.device(embeds.device):
-            # Kernels compile and libraries pick algorithms on a first run, which cannot be captured. The inputs
-            # are padding, so that these runs leave the cache alone.
+            # Kernels compile, libraries pick algorithms and ranks connect on a first run, which cannot be captured.
+            # The inputs are padding, so that these runs leave the cache alone.
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):

@@ -15,6 +15,8 @@ from .config import Config
 from .graphs import DecodeGraphs
 from .kernels.linear import linear
 from .layers import DecoderLayer, RMSNorm
+from .parallel import gather_logits, lookup, own_device
+from .ranks import Ranks, join, together
 from .rope import cos_sin, inverse_frequencies
 from .weights import load_weights
 
@@ -22,24 +24,28 @@ from .weights import load_weights
 class Model(nn.Module):
     """Built empty; `load` fills it from a checkpoint folder."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, ranks: Ranks = Ranks()) -> None:
         super().__init__()
         self.config = config
+        self.share = share = config.share(ranks.size)  # the sizes of what this rank has
+        self.ranks = ranks
         self.dtype = dtype
         self.device = device
         with torch.device("meta"):
-            self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-            self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+            self.embed_tokens = nn.Embedding(share.vocab_size, share.hidden_size)
+            self.layers = nn.ModuleList(DecoderLayer(share, ranks) for _ in range(config.num_hidden_layers))
             self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.to(dtype)
         self.inv_freq = torch.tensor(inverse_frequencies(config), dtype=torch.float32, device=device)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu", dtype: str | None = None) -> "Model":
-        """A Hugging Face checkpoint folder, in the model's dtype or another."""
+        """A Hugging Face checkpoint folder, in the model's dtype or another; of several ranks, each loads its share."""
         config = Config()
-        model = cls(config, getattr(torch, dtype or config.dtype), torch.device(device))
-        load_weights(model, folder, model.device)
+        dtype = dtype or config.dtype
+        ranks = join(device, dtype=dtype)
+        model = cls(config, getattr(torch, dtype), own_device(device, ranks), ranks)
+        together(ranks, lambda: load_weights(model, folder, model.device, ranks))
         return model.eval()
 
     def forward(self, embeds: Tensor, batch: Batch, cache: PagedKVCache) -> Tensor:
@@ -53,14 +59,15 @@ class Model(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[m, hidden] -> logits [m, vocab] in float32."""
-        return linear(x, self.embed_tokens.weight).float()
+        logits = linear(x, self.embed_tokens.weight)
+        return gather_logits(logits, self.config.vocab_size, self.ranks).float()
 
     # ------------------------------------------------------------------- what a serving engine calls
 
     @torch.inference_mode()
     def embed(self, ids: Tensor) -> Tensor:
         """ids [n] -> [1, n, hidden]."""
-        return self.embed_tokens(ids)[None]
+        return lookup(self.embed_tokens, ids, self.config.vocab_size, self.ranks)[None]
 
     @torch.inference_mode()
     def prefill(self, embeds: Tensor, cache: PagedKVCache) -> Tensor:
@@ -110,7 +117,7 @@ class Model(nn.Module):
             raise ValueError("support_sliding_window: every layer of this model sees the whole sequence")
         return PagedKVCache(
             num_layers=self.config.num_hidden_layers,
-            num_kv_heads=self.config.num_key_value_heads,
+            num_kv_heads=self.share.num_key_value_heads,
             head_dim=self.config.head_dim,
             max_batch_size=max_batch_size,
             max_total_seq_len=max_total_seq_len,

@@ -4,11 +4,13 @@
 
 import argparse
 import json
+import os
 import sys
 
 import torch
 
-from . import CheckpointError, Model, Sampling, generate
+from . import CheckpointError, Model, RankError, Sampling, generate
+from .ranks import join, tell, together
 from .text import Text, TextError
 
 
@@ -29,13 +31,16 @@ def main() -> int:
     args = parser.parse_args()
     try:
         return run(args)
-    except (CheckpointError, TextError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (CheckpointError, RankError, TextError, ValueError) as error:
+        tell(f"error: {error}")
         return 2
 
 
 def run(args: argparse.Namespace) -> int:
-    text = Text(args.weights)
+    ranks = join(args.device, **settings(args))
+    if ranks.rank:
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # rank 0 prints
+    text = together(ranks, lambda: Text(args.weights))
     model = Model.load(args.weights, args.device, args.dtype)
     prompts = [text.chat([{"role": "user", "content": p}]) if args.chat else p for p in args.prompt]
     stop = text.stop_tokens().union(map(text.token, args.stop))
@@ -57,6 +62,12 @@ def run(args: argparse.Namespace) -> int:
     for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"--- {prompt}\n{answer}")
     return 0
+
+
+def settings(args: argparse.Namespace) -> dict[str, object]:
+    """What all ranks have to be given alike; paths may differ from machine to machine."""
+    paths = {"weights"}
+    return {f"--{name}": value for name, value in vars(args).items() if name not in paths}
 
 
 def warn(tokens: int, model: Model) -> None:

@@ -2,7 +2,8 @@
 #   qwenspec gen specs/qwen1.yaml --variant qwen-7b --backend triton
 """Sizes and constants of qwen-7b."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,17 @@ class Config:
     rotary_dim: int = 128
     rope_theta: float = 10000.0
     rope_train_length: int = 8192
+
+    def share(self, degree: int) -> "Config":
+        """The sizes of one of `degree` ranks: its share of the model is a smaller model of the same structure."""
+        if degree == 1:
+            return self
+        heads = self.num_attention_heads // degree
+        readers = self.num_attention_heads // self.num_key_value_heads  # query heads of each key/value head
+        return replace(
+            self,
+            vocab_size=-(-self.vocab_size // degree),  # rounded up: the last rank's end with zeros
+            num_attention_heads=heads,
+            num_key_value_heads=heads // math.gcd(heads, readers),
+            intermediate_size=-(-self.intermediate_size // degree),
+        )

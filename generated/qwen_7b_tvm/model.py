@@ -14,6 +14,7 @@ from tvm.relax.frontend.nn.llm.kv_cache import PagedKVCache
 
 from .config import Config
 from .kernels.attention import create_cache
+from .kernels.collectives import FirstToken, gather_logits, lookup
 from .kernels.qkv import logn_scale, rotary_tables
 from .layers import DecoderLayer, Linear, RMSNorm
 
@@ -21,13 +22,17 @@ from .layers import DecoderLayer, Linear, RMSNorm
 class Decoder(nn.Module):
     """Made and exported within a target, which chooses how weights are stored."""
 
-    def __init__(self, config: Config, dtype: str) -> None:
+    def __init__(self, config: Config, dtype: str, degree: int = 1) -> None:
+        """What one of `degree` ranks has of a model of these sizes."""
         self.config = config
+        self.share = share = config.share(degree)
+        self.degree = degree
         self.dtype = dtype
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList([DecoderLayer(config, index) for index in range(config.num_hidden_layers)])
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.first_token = FirstToken() if degree > 1 else None
+        self.embed_tokens = nn.Embedding(share.vocab_size, share.hidden_size)
+        self.layers = nn.ModuleList([DecoderLayer(share, degree, index) for index in range(share.num_hidden_layers)])
+        self.norm = RMSNorm(share.hidden_size, share.norm_eps)
+        self.lm_head = Linear(share.hidden_size, share.vocab_size, bias=False)
         self.to(dtype)
 
     def forward(self, embeds: Tensor, cache: PagedKVCache, inv_freq: Tensor) -> Tensor:
@@ -44,13 +49,19 @@ class Decoder(nn.Module):
 
     def head(self, x: Tensor) -> Tensor:
         """[m, hidden] -> logits [m, vocab] in float32."""
-        return self.lm_head(x).astype("float32")
+        logits = self.lm_head(x)
+        return gather_logits(logits.astype("float32"), self.config.vocab_size, self.degree)
 
     # ------------------------------------------------------------------- what a serving engine calls
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """ids [n] -> [1, n, hidden]."""
-        return op.unsqueeze(take_rows(self.embed_tokens.weight, input_ids), 0)
+
+        def take(ids: Tensor) -> Tensor:
+            return take_rows(self.embed_tokens.weight, ids)
+
+        x = lookup(take, input_ids, self.share.vocab_size, self.first_token, self.degree)
+        return op.unsqueeze(x, 0)
 
     def prefill(
         self, input_embed: Tensor, paged_kv_cache: PagedKVCache, inv_freq: Tensor
@@ -99,8 +110,8 @@ class Decoder(nn.Module):
             prefill_chunk_size,
             page_size,
             support_sliding_window,
-            num_heads=self.config.num_attention_heads,
-            num_kv_heads=self.config.num_key_value_heads,
+            num_heads=self.share.num_attention_heads,
+            num_kv_heads=self.share.num_key_value_heads,
             head_dim=self.config.head_dim,
             windows=[None] * self.config.num_hidden_layers,
             dtype=self.dtype,

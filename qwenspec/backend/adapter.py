@@ -59,13 +59,16 @@ class PackageRunner(ABC):
     `module` is the imported package and `model` its Model with weights, for what numpy cannot say."""
 
     def __init__(self, package: Path, weights: Path, device: str, dtype: str | None) -> None:
-        """Raises SpecError: `checkpoint` for weights that are not this variant's, and what `_load` raises."""
+        """Raises SpecError: `checkpoint` for weights that are not this variant's, `ranks` where the processes that
+        share the model cannot work together, and what `_load` raises."""
         self.module = import_package(package)
         try:
             self.model = self._load(weights, device, dtype)
         except self.module.CheckpointError as error:
             hint = "is it the checkpoint of this variant?"
             raise SpecError([Diagnostic("checkpoint", str(error), hint=hint)]) from error
+        except self.module.RankError as error:
+            raise SpecError([Diagnostic("ranks", str(error))]) from error
 
     def embed(self, ids: Ints) -> Floats:
         return self._numpy(self.model.embed(self._ids(ids)))

@@ -49,7 +49,7 @@ def vendor(files: Iterable[Path], shape: Structure, folder: str = "", **flags: b
 
 def common(shape: Structure, *names: str, **flags: bool) -> dict[str, str]:
     """Plain files that packages of every backend share: `text` gives text.py."""
-    files = [*(HERE / "runtime" / f"{name}.py" for name in names), Path(shares.__file__)]
+    files = [*(HERE / "runtime" / f"{name}.py" for name in (*names, "meeting")), Path(shares.__file__)]
     return vendor(files, shape, "", **flags)
 
 

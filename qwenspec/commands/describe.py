@@ -212,6 +212,8 @@ def plan(spec: Spec, degree: int, context: int | None, batch: int) -> Data:
         "refused_by_format": shard.refused_by_format(model),
         "context": context,
         "batch": batch,
+        "page_size": cost.PAGE_SIZE,
+        "prefill_chunk": cost.PREFILL_CHUNK,
         "per_rank": {
             "num_heads": split.num_heads,
             "num_kv_heads": split.num_kv_heads,
@@ -243,10 +245,11 @@ def plan_text(data: Data) -> str:
     }
     memory = {
         "weights": shown_bytes(size["weights"]),
-        "KV cache": f"{shown_bytes(size['kv_cache'])}  ({size['kv_pages']:,} pages)",
-        "activations": f"{shown_bytes(size['activations'])}  (estimated)",
+        "KV cache": f"{shown_bytes(size['kv_cache'])}  ({size['kv_pages']:,} pages of {data['page_size']} tokens)",
+        "activations": f"{shown_bytes(size['activations'])}  (prefill of up to {data['prefill_chunk']:,} tokens)",
         "logits": shown_bytes(size["logits"]),
-        "total": shown_bytes(size["total"]),
+        "CUDA graphs": f"{shown_bytes(size['graphs'])}  (decode steps, at most)",
+        "total": f"{shown_bytes(size['total'])}  and what CUDA, cuBLAS and NCCL take for themselves",
     }
     legal = ", ".join(map(str, data["legal_degrees"]))
     return "\n".join(
@@ -254,7 +257,7 @@ def plan_text(data: Data) -> str:
             f"{data['variant']} on {counted(data['degree'], 'rank')}, {data['batch']} × {data['context']:,} tokens",
             *table(facts.items()),
             "",
-            "memory of a rank",
+            "memory of a rank on a GPU",
             *table(memory.items()),
             "",
             "parameters of a rank",

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import runpy
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +17,8 @@ from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import find, open_runner
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
+from qwenspec.ir.lower import lower
+from qwenspec.ir.shard import plan
 from qwenspec.spec.document import Spec
 
 if TYPE_CHECKING:
@@ -32,6 +37,22 @@ def run(spec: Spec, backend: str, device: str | None, arguments: Sequence[str]) 
             runpy.run_module(package.name, run_name="__main__")
         except ModuleNotFoundError as error:
             raise _missing(error) from error
+
+
+def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[str], degree: int) -> None:
+    """The same by `degree` processes that share the model. Ends this one with SystemExit too."""
+    plan(lower(spec), degree)  # raises where so many cannot
+    _check_ranks(backend, device, degree)
+    with _package(spec, backend, device) as package, _terminable():
+        command = [sys.executable, "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
+        # In a session of its own: Ctrl-C is for this process, which ends the others.
+        launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
+        try:
+            code = launcher.wait()
+        finally:
+            launcher.terminate()
+            launcher.wait()
+        raise SystemExit(code if code >= 0 else 128 - code)
 
 
 def arguments(options: Mapping[str, object]) -> list[str]:
@@ -108,6 +129,48 @@ def _package(spec: Spec, backend: str, device: str | None) -> Iterator[Path]:
         raise SpecError([Diagnostic("no-device", message, hint=f"use {listed(usable)}")])
     with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
         yield emit(spec, backend, folder)
+
+
+def _check_ranks(backend: str, device: str | None, degree: int) -> None:
+    """Raises SpecError where this machine cannot run so many ranks."""
+    for module, extra in (("torch", "triton"), ("tokenizers", "run")):
+        if importlib.util.find_spec(module) is None:
+            problem = f"{degree} ranks need {module}, which is not installed"
+            raise SpecError(
+                [Diagnostic("backend-missing", problem, hint=f"pip install 'qwenspec[{extra}]'")],
+                ExitCode.BACKEND_MISSING,
+            )
+    found = find(backend)
+    if device == "cpu" or found.unavailable():
+        return
+    gpus = sum(name.startswith("cuda") for name in found.devices())
+    hint = f"--tp {gpus} at most, or --device cpu" if gpus else "--device cpu"
+    if device is not None and device != "cuda":
+        raise SpecError(
+            [
+                Diagnostic(
+                    "no-device", f"each rank takes a GPU of its own, and not `{device}`", hint="use `cuda` or `cpu`"
+                )
+            ]
+        )
+    if gpus < degree and (gpus or device):
+        raise SpecError(
+            [Diagnostic("no-device", f"{degree} ranks take a GPU each, and there are {gpus} here", hint=hint)]
+        )
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process as Ctrl-C does: by an exception."""
+
+    def end(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _bad_ids(message: str) -> SpecError:

@@ -10,6 +10,8 @@ from qwenspec.backend.registry import MANIFEST
 from qwenspec.commands import console
 from qwenspec.commands.specs import pick
 from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError
+from qwenspec.ir.lower import lower
+from qwenspec.ir.shard import plan
 from qwenspec.spec.base import Model
 from qwenspec.spec.document import Spec
 
@@ -68,6 +70,17 @@ def _entries(file: Path) -> list[Entry]:
 def stray(out: Path, jobs: list[Job]) -> list[Path]:
     """Generated packages in `out` that the manifest does not list."""
     return sorted({path.parent for path in out.glob(f"*/{MANIFEST}")} - {job.package for job in jobs})
+
+
+def check_degree(job: Job, degree: int) -> None:
+    """A package is the same for every number of ranks; raises SpecError where so many cannot share the model."""
+    plan(lower(job.spec), degree)
+
+
+def say_how(job: Job, degree: int) -> None:
+    """How to run a package as so many ranks."""
+    command = f"torchrun --nproc-per-node {degree} -m {job.package.name} --weights DIR --prompt TEXT"
+    console.note(f"in {job.out}: {command}")
 
 
 def write(jobs: list[Job]) -> list[dict[str, object]]:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from qwenspec.ir.nodes import Dtype, EmbeddingHead, Layer, LmHead, Model, Param, Part
+from qwenspec.ir.activations import DTYPE_BYTES, PROCESSORS, Forward, Rank, activation_bytes, graph_bytes, logit_bytes
+from qwenspec.ir.nodes import Layer, LmHead, Model, Param, Part
 from qwenspec.ir.quantized import block_bytes, blocks
 from qwenspec.ir.shard import TensorParallelPlan
 
-DTYPE_BYTES: dict[Dtype, int] = {"float32": 4, "float16": 2, "bfloat16": 2}
+PAGE_SIZE = 16  # tokens, as packages have it unless told otherwise
+PREFILL_CHUNK = 2048  # tokens of a forward, likewise
 SCALE_BYTES = 4  # of a quantised KV cache: float32
-LOGIT_BYTES = 4  # logits are float32 whatever the model's dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +35,11 @@ class MemoryPlan:
     kv_pages: int
     activations: int
     logits: int
+    graphs: int
 
     @property
     def total(self) -> int:
-        return self.weights + self.kv_cache + self.activations + self.logits
+        return self.weights + self.kv_cache + self.activations + self.logits + self.graphs
 
 
 def count_parameters(model: Model) -> ParameterCount:
@@ -89,28 +91,32 @@ def memory(
     plan: TensorParallelPlan,
     context: int,
     batch: int,
-    page_size: int = 16,
-    prefill_chunk: int = 2048,
+    page_size: int = PAGE_SIZE,
+    prefill_chunk: int = PREFILL_CHUNK,
+    processors: int = PROCESSORS,
 ) -> MemoryPlan:
     """One rank's memory to serve `batch` sequences of `context` tokens, prefilled `prefill_chunk` at a time.
 
-    Pages are whole: every sequence rounds up to `page_size` tokens. Sliding layers keep all of theirs.
-    Activations are an estimate of the peak in a layer, in the model's dtype: the residual and its norm, and
-    the larger of attention (q, k, v, output) and MLP (gate, up, product). Logits are those of one token a
-    sequence, float32, gathered over the padded vocabulary; a text-embedding model has its vector instead.
+    This is what the Triton package takes on a GPU, and each number is a peak of its own. Pages are whole: every
+    sequence rounds up to `page_size` tokens, and sliding layers keep all of theirs. Activations are those of the
+    largest forward, a chunk of as many whole prompts as fit in, or a decode step; logits are those of one token a
+    sequence; graphs are decode steps as captured, of which CPUs have none. `processors` are the GPU's streaming
+    multiprocessors. `qwenspec.ir.activations` has the formulas.
+
+    The TVM package's weights are the same but for panels, whose rows round up to a vector or two, and for fp8: it keeps
+    each block's scale once for every row, which is 2.3 % more with blocks of 128 × 128. Its pages are the same.
     """
-    pages = batch * math.ceil(context / page_size)
-    head_dim = model.layers[0].mixer.head_dim
-    attention = 2 * (plan.num_heads + plan.num_kv_heads) * head_dim
-    width = 2 * model.hidden_size + max(attention, 3 * plan.intermediate_size)
-    tokens = max(min(context * batch, prefill_chunk), batch)
-    outputs = model.hidden_size if isinstance(model.head, EmbeddingHead) else plan.degree * plan.vocab_size
+    width = math.ceil(context / page_size)
+    rank = Rank(model, plan, page_size, processors)
+    tokens = min(context * batch, prefill_chunk)
+    prefill, decode = Forward(tokens, math.ceil(tokens / context), width), Forward(batch, batch, width)
     return MemoryPlan(
         weights=sum(_bytes(share.param, share.shape, share.parts) for share in plan.params),
-        kv_cache=pages * page_size * kv_bytes_per_token(model, plan),
-        kv_pages=pages,
-        activations=tokens * width * DTYPE_BYTES[model.dtype],
-        logits=batch * outputs * LOGIT_BYTES,
+        kv_cache=batch * width * page_size * kv_bytes_per_token(model, plan),
+        kv_pages=batch * width,
+        activations=activation_bytes(rank, prefill, decode),
+        logits=logit_bytes(rank, decode.padded.tokens),
+        graphs=graph_bytes(rank, decode),
     )
 
 

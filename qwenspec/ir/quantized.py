@@ -111,13 +111,13 @@ def blocks(param: Param) -> tuple[Block, ...]:
 
 
 def block_bytes(format: WeightFormat, rows: int, inputs: int) -> int:
-    """Bytes in memory of a quantised matrix: values, scales, zero points, and the order of its inputs."""
+    """Bytes in memory of a quantised matrix: values, in whole groups, scales, zero points, and its inputs' order."""
     if isinstance(format, Fp8Format):
         height, width = format.block
         return rows * inputs + 4 * -(-rows // height) * -(-inputs // width)
     groups = format.groups(inputs)
     scale = 4 if format.packing == "int8" else 2
-    values = rows * math.ceil(inputs * format.bits / 8)
+    values = rows * groups * math.ceil((format.group_size or inputs) * format.bits / 8)
     return values + rows * groups * (scale + format.zero_points) + 4 * inputs * format.act_order
 
 

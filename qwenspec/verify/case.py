@@ -18,6 +18,17 @@ HUGGING_FACE = "huggingface"
 Rounded = Literal["activations", "kv_fp8_e4m3", "kv_int8"]  # activations: to e4m3
 
 
+def on_ranks(backend: str, ranks: int) -> str:
+    """The contender that is a backend's package on so many ranks: `triton@2`; on one, the backend's own name."""
+    return f"{backend}@{ranks}" if ranks > 1 else backend
+
+
+def backend_and_ranks(contender: str) -> tuple[str, int]:
+    """What `on_ranks` made the name of."""
+    backend, _, ranks = contender.partition("@")
+    return backend, int(ranks or 1)
+
+
 @dataclass(frozen=True)
 class Case:
     """One spec with weights, and its contenders, of whom the reference is the first.

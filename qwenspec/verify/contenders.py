@@ -17,6 +17,7 @@ import numpy.typing as npt
 from qwenspec.backend.api import Cache, Runner
 from qwenspec.spec.document import Spec
 from qwenspec.spec.rope import DynamicQwen1
+from qwenspec.verify.parallel import ParallelCache
 from qwenspec.verify.reference import Reference, TokenSequence
 from qwenspec.verify.reference_rope import Array
 from qwenspec.verify.steps import Add, CacheSizes, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step, depths
@@ -184,7 +185,7 @@ class PackageContender:
 
         TVM's cache hands out the pages in an order that follows from theirs."""
         cache, size = self._cache, self._sizes.page_size
-        _shuffle_pages(cache, draw)
+        _shuffle_pages(cache, draw.getrandbits(32))
         for seq in self._hostages:
             cache.remove_sequence(seq)
         self._hostages = [-1 - i for i in range(min(HOSTAGES, cache.free_pages))]
@@ -214,9 +215,13 @@ class PackageContender:
         self._cache.end_forward()
 
 
-def _shuffle_pages(cache: Cache, draw: random.Random) -> None:
-    """A cache whose pages Python numbers takes the lowest free one: now it takes any."""
+def _shuffle_pages(cache: Cache, seed: int) -> None:
+    """A cache whose pages Python numbers takes the lowest free one: now it takes any, on all ranks the same."""
+    if isinstance(cache, ParallelCache):
+        cache.on_ranks(_shuffle_pages, seed)
+        return
     sequences: Any = cache.sequences  # type: ignore[attr-defined]
+    draw = random.Random(seed)
 
     def take_page() -> int:
         page = int(sequences._free.pop(draw.randrange(len(sequences._free))))

@@ -19,11 +19,13 @@ from qwenspec.backend.api import Runner
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import open_runner
 from qwenspec.spec.document import Spec
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks
 from qwenspec.verify.checkpoint import StoredTensors
 from qwenspec.verify.contenders import Contender, PackageContender, ReferenceContender
 from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.instruments import counting
+from qwenspec.verify.parallel import ParallelRunner
+from qwenspec.verify.rank_pool import RankPool, pool
 from qwenspec.verify.weights import save_checkpoint, stored_weights
 
 
@@ -44,7 +46,12 @@ def _open(name: str, case: Case) -> Contender:
         return HuggingFaceContender(
             case.spec, _folder_of(case, "float32") if plain else _dequantized(case.spec, case.seed)
         )
-    runner, kernels = _runner(case.spec, name, _folder_of(case, case.dtype), case.device, case.dtype)
+    backend, ranks = backend_and_ranks(name)
+    weights = _folder_of(case, case.dtype)
+    if ranks > 1:
+        parallel = _parallel_runner(pool(ranks), case.spec, backend, weights, case.device, case.dtype)
+        return PackageContender(name, parallel, case.sizes)
+    runner, kernels = _runner(case.spec, backend, weights, case.device, case.dtype)
     return PackageContender(name, runner, case.sizes, kernels)
 
 
@@ -68,6 +75,14 @@ def _runner(spec: Spec, backend: str, weights: Path, device: str, dtype: str) ->
         calls: Counter[str] = Counter()
         calls.update(dict.fromkeys(counting(runner, lambda name: calls.update((name,))), 0))
     return runner, calls
+
+
+@functools.lru_cache(maxsize=32)
+def _parallel_runner(
+    ranks: RankPool, spec: Spec, backend: str, weights: Path, device: str, dtype: str
+) -> ParallelRunner:
+    """The same on several ranks; nobody counts their kernels."""
+    return ParallelRunner(ranks, _package(spec, backend), weights, device, dtype)
 
 
 @functools.lru_cache(maxsize=64)

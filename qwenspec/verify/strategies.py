@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from hypothesis import strategies as st
@@ -17,8 +18,8 @@ from qwenspec import tree
 from qwenspec.diagnostics import Location, SpecError
 from qwenspec.spec.check import check
 from qwenspec.spec.document import Spec
-from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.steps import CacheSizes
+from qwenspec.verify.strategies_quantized import KV_CACHES, QUANTIZATIONS, head_unit_of, skipped, unit_of
 
 Draw = Callable[..., Any]
 Tree = dict[str, Any]
@@ -42,10 +43,11 @@ def specs(
     quantizations: Sequence[str | None] = (None,),
     kv_caches: Sequence[str | None] = (None,),
     hugging_face: bool = False,
+    ranks: int = 1,
 ) -> Spec:
     """Valid specs. `dtypes`, `scalings` (keys of SCALINGS, None for none), `quantizations` (of QUANTIZATIONS) and
     `kv_caches` (of KV_CACHES): what `dtype`, `rope.scaling`, `quantization` and `kv_cache` are drawn from.
-    `hugging_face`: only what its configs can say.
+    `hugging_face`: only what its configs can say. `ranks`: so many can share the model.
 
     Of one run's examples most are mutations of the one before, from the eleventh on: for many different specs, make
     many short runs, such as one for each scaling and dtype."""
@@ -54,11 +56,12 @@ def specs(
         scalings = (None, None, *known, "yarn", "longrope")  # the last two have many options
     scheme = draw(st.sampled_from(quantizations))
     quantization = None if scheme is None else {"scheme": scheme, **QUANTIZATIONS[scheme](draw)}
-    architecture = _architecture(draw, max_layers, dtypes, scalings, hugging_face, _unit(quantization))
+    units = _Units(unit_of(quantization), head_unit_of(quantization) if ranks > 1 else 2, ranks)
+    architecture = _architecture(draw, max_layers, dtypes, scalings, hugging_face, units)
     kind = draw(st.sampled_from(kv_caches))
     kv_cache = None if kind is None else KV_CACHES[kind]
     spec = spec_of(architecture, quantization, kv_cache)
-    skip = draw(_skipped(spec)) if quantization else []
+    skip = draw(skipped(spec, ranks > 1)) if quantization else []
     return spec_of(architecture, {**(quantization or {}), "skip": skip}, kv_cache) if skip else spec
 
 
@@ -116,12 +119,11 @@ def _architecture(
     dtypes: Sequence[str],
     scalings: Sequence[str | None],
     hugging_face: bool,
-    unit: int,
+    units: _Units,
 ) -> Tree:
-    """`unit`: what the sizes of matrices are multiples of."""
     layers = draw(st.integers(1, max_layers))
     kind = draw(st.sampled_from(scalings))
-    sizes, head_dim = _sizes(draw, unit)
+    sizes, head_dim = _sizes(draw, units)
     partial = draw(_HALF) and not hugging_face
     pairs = draw(st.integers(2 if kind in _NEED_TWO_PAIRS else 1, head_dim // 2)) if partial else head_dim // 2
     scaling, max_position = _scaling(draw, kind, pairs)
@@ -154,15 +156,32 @@ def _architecture(
     }
 
 
-def _sizes(draw: Draw, unit: int) -> tuple[Tree, int]:
+# Of several ranks: query and key/value heads. Of the latter there are fewer than ranks, as many, or more, or neither
+# number divides the other: some are on several ranks then, or more than once on one.
+_SHARED_HEADS = {
+    2: ((2, 1), (2, 2), (4, 1), (4, 2), (4, 4), (8, 2), (6, 3), (6, 1), (12, 3)),
+    3: ((3, 1), (3, 3), (6, 2), (6, 1), (12, 4), (12, 2), (6, 6)),
+    4: ((4, 1), (4, 2), (4, 4), (8, 1), (8, 2), (8, 4), (12, 3), (12, 2), (12, 6), (8, 8)),
+}
+
+
+@dataclass(frozen=True)
+class _Units:
+    """What sizes are multiples of: those of matrices, a head's width, and the query heads."""
+
+    matrices: int
+    head_dim: int
+    heads: int
+
+
+def _sizes(draw: Draw, units: _Units) -> tuple[Tree, int]:
     """Sizes of the matrices, and a head's width."""
 
-    def multiple(size: int) -> int:
+    def multiple(size: int, unit: int = units.matrices) -> int:
         return -(-size // unit) * unit
 
-    kv_heads = draw(st.integers(1, 4))
-    heads = kv_heads * draw(st.integers(1, min(4, MAX_HEADS // kv_heads)))
-    head_dim = multiple(2 * draw(st.integers(2, 16)))
+    heads, kv_heads = _heads(draw, units.heads)
+    head_dim = multiple(2 * draw(st.integers(2, 16)), math.lcm(units.matrices, units.head_dim))
     null_kv_heads = draw(_HALF)
     write_kv_heads = kv_heads < heads or not null_kv_heads
     hidden = width = heads * head_dim
@@ -177,6 +196,14 @@ def _sizes(draw: Draw, unit: int) -> tuple[Tree, int]:
         "attention": {"head_dim": head_dim if own_width or draw(_HALF) else None},
     }
     return sizes, head_dim
+
+
+def _heads(draw: Draw, ranks: int) -> tuple[int, int]:
+    if ranks > 1:
+        heads: tuple[int, int] = draw(st.sampled_from(_SHARED_HEADS[ranks]))
+        return heads
+    kv_heads = draw(st.integers(1, 4))
+    return kv_heads * draw(st.integers(1, min(4, MAX_HEADS // kv_heads))), kv_heads
 
 
 def _attention(draw: Draw, layers: int, head_dim: int, hugging_face: bool) -> Tree:
@@ -309,74 +336,3 @@ SCALINGS: dict[str, Callable[[Draw, int], Tree]] = {
 }
 _NEED_TWO_PAIRS = ("ntk", "dynamic", "dynamic_qwen1")
 _NOT_IN_HUGGING_FACE = ("ntk", "dynamic_qwen1")
-
-
-# ------------------------------------------------------------------------------------------------ quantisation
-
-
-def _fp8_block(draw: Draw) -> Tree:
-    height, width = draw(st.sampled_from((16, 32, 8, 20, 9))), draw(st.sampled_from((16, 32, 8, 20, 9)))
-    return {"block": [height, width], "activations": draw(st.sampled_from(("none", "dynamic")))}
-
-
-def _awq(draw: Draw) -> Tree:
-    return {"group_size": draw(st.sampled_from((16, 8, 32)))}
-
-
-def _gptq(draw: Draw) -> Tree:
-    return {
-        "bits": draw(st.sampled_from((4, 8))),
-        "group_size": draw(st.sampled_from((16, 8, 32, 20, 9, -1))),
-        "sym": not draw(_HALF),
-        "desc_act": draw(_HALF),
-        "checkpoint_format": draw(st.sampled_from(("gptq", "gptq_v2"))),
-    }
-
-
-def _int8(draw: Draw) -> Tree:
-    return {"head": draw(st.sampled_from(("none", "int8")))}
-
-
-def _int4(draw: Draw) -> Tree:
-    return {
-        "group_size": draw(st.sampled_from((16, 8, 32, 20, 9))),
-        "head": draw(st.sampled_from(("none", "int8", "int4"))),
-    }
-
-
-# Groups and blocks are small, so that small matrices have several, and the last one is often ragged.
-QUANTIZATIONS: dict[str, Callable[[Draw], Tree]] = {
-    "fp8_block": _fp8_block,
-    "awq": _awq,
-    "gptq": _gptq,
-    "int8": _int8,
-    "int4": _int4,
-}
-
-
-def _unit(quantization: Tree | None) -> int:
-    """What sizes must be multiples of: what a word packs, and AWQ's groups."""
-    match quantization:
-        case {"scheme": "awq", "group_size": size}:
-            return math.lcm(8, size)
-        case {"scheme": "gptq", "bits": bits}:
-            return 32 // int(bits)
-        case _:
-            return 1
-
-
-def _skipped(spec: Spec) -> st.SearchStrategy[list[str]]:
-    """Some of the quantised modules, but not all; one of them at most in two of three."""
-    names = list(quantized_matrices(spec))
-
-    def some(most: int) -> st.SearchStrategy[list[str]]:
-        return st.lists(st.sampled_from(names), max_size=min(most, len(names) - 1), unique=True)
-
-    return st.sampled_from((0, 1, 4)).flatmap(some)
-
-
-KV_CACHES: dict[str, Tree] = {
-    "int8": {"scheme": "int8"},
-    "fp8": {"scheme": "fp8_e4m3"},
-    "fp8, stored scales": {"scheme": "fp8_e4m3", "scales": "checkpoint"},
-}

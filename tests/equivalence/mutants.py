@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from mutants_core import CORE
 from mutants_kv import KV_MUTANTS
+from mutants_parallel import PARALLEL_MUTANTS
 from mutants_quantized import QUANTIZED_MUTANTS
 from mutants_quantized_kernels import QUANTIZED_KERNELS
 from mutants_runtime import RUNTIME_FILES
@@ -19,6 +20,7 @@ MUTANTS = (
     *QUANTIZED_MUTANTS,
     *QUANTIZED_KERNELS,
     *KV_MUTANTS,
+    *PARALLEL_MUTANTS,
     *RUNTIME_FILES,
     *TRITON_MUTANTS,
     *TVM_MUTANTS,

@@ -1,8 +1,8 @@
-"""Planted mistakes in what backends share: `lower`, RoPE's formulas, the layout of weights, tensor parallelism."""
+"""Planted mistakes in what backends share: `lower`, RoPE's formulas, the layout of weights."""
 
 from __future__ import annotations
 
-from mutant import LOWER, ROPE, RUNTIME, SHARD, STRUCTURE, WEIGHTS, Mutant
+from mutant import LOWER, ROPE, RUNTIME, STRUCTURE, WEIGHTS, Mutant
 
 CORE = (
     # ------------------------------------------------------------------------------------------------- lower
@@ -133,13 +133,6 @@ CORE = (
         "a family's default hidden in code (transformers#41151)",
     ),
     Mutant(
-        "row_bias_sharded",
-        LOWER,
-        "bias_shard = Shard.COLUMN if shard is Shard.COLUMN else Shard.REPLICATE",
-        "bias_shard = Shard.COLUMN",
-        "a row-parallel bias is whole, added once (text-generation-inference#1036)",
-    ),
-    Mutant(
         "norms_sharded",
         LOWER,
         'self.param(f"{name}.weight", (size,), Shard.REPLICATE)',
@@ -238,14 +231,14 @@ CORE = (
         "layers_reversed",
         f"{RUNTIME}/checkpoint.py",
         'sources = tuple((tensor.replace("{i}", str(i)), rows)',
-        'sources = tuple((tensor.replace("{i}", str(layers[-1 - i])), rows)',
+        'sources = tuple((tensor.replace("{i}", str(manifest["num_layers"] - 1 - i)), rows)',
         "a wrong prefix; shows from two layers on (vllm#11795, #51495, sglang#37848)",
     ),
     Mutant(
         "fused_parts_of_equal_height",
         f"{RUNTIME}/checkpoint.py",
-        "row += rows",
-        "row += parameter.shape[0] // len(parameter.sources)",
+        "cut(held, [rows for _, rows in self.sources])",
+        "cut(held, [self.shared.shape[0] // len(self.sources)] * len(self.sources))",
         "a fused matrix's parts differ in height (vllm#41021)",
     ),
     Mutant(
@@ -254,41 +247,5 @@ CORE = (
         "attention_factor=model.rope.attention_factor != 1.0,",
         "attention_factor=model.rope.attention_factor > 1.0,",
         "a factor below 1 is dropped (vllm#48351)",
-    ),
-    # ------------------------------------------------------------------------------------- tensor parallelism
-    Mutant(
-        "kv_head_of_another_rank",
-        SHARD,
-        "first = rank * num_kv_heads // degree",
-        "first = rank % num_kv_heads",
-        "kv × tp: replicated KV heads (transformers#48307, torchtitan#2577)",
-    ),
-    Mutant(
-        "heads_split_by_width",
-        SHARD,
-        "replace(part, rows=part.rows // part.heads * heads, heads=heads)",
-        "replace(part, rows=part.rows // degree, heads=heads)",
-        "fewer KV heads than ranks (transformers#48307, sglang#20967)",
-    ),
-    Mutant(
-        "kv_degree_not_refused",
-        SHARD,
-        "if kv_heads % degree and degree % kv_heads:",
-        "if kv_heads % degree and degree < kv_heads:",
-        "an illegal degree is refused before anything runs (vllm#13640, torchtitan#2577)",
-    ),
-    Mutant(
-        "vocabulary_rounded_down",
-        SHARD,
-        "rows=_ceil_div(rows, degree)",
-        "rows=rows // degree",
-        "the vocabulary is padded, never cut (QwenLM/Qwen3#1567)",
-    ),
-    Mutant(
-        "row_parallel_split_by_rows",
-        SHARD,
-        "return ShardedParam(param, (rows, rest[0] // degree), param.parts)",
-        "return ShardedParam(param, (rows // degree, rest[0]), param.parts)",
-        "row-parallel products are split by input features",
     ),
 )

@@ -23,8 +23,8 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "awq_word_of_the_first_rows",
         QUANTIZED,
-        "slice(rows.start // 8, -(-rows.stop // 8)))",
-        "slice(0, -(-(rows.stop - rows.start) // 8)))",
+        'words = self._read(source, "qweight", columns, _blocks(rows, 8))',
+        'words = self._read(source, "qweight", columns, _blocks(slice(0, rows.stop - rows.start), 8))',
         "rows that are read later are other rows",
     ),
     Mutant(
@@ -51,8 +51,8 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "g_idx_ignored",
         QUANTIZED,
-        "return columns[:, self._order] if ACT_ORDER else columns",
-        "return columns",
+        "return values[:, self._order] if ACT_ORDER else values",
+        "return values",
         "any order of groups must be honoured",
     ),
     Mutant(
@@ -72,15 +72,15 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "scales_of_the_other_part",
         QUANTIZED,
-        "np.concatenate([self._scales(source) for source in self.sources])",
-        "np.concatenate([self._scales(source) for source in self.sources[::-1]])",
+        "scales = self._by_group(self._scales, np.float32)",
+        "scales = np.roll(self._by_group(self._scales, np.float32), self.sources[0].rows, 0)",
         "fused matrices keep each part's scales (vllm#41021, #47515)",
     ),
     Mutant(
         "zeros_of_the_other_part",
         QUANTIZED,
-        "np.concatenate([self._zeros(source) for source in self.sources])",
-        "np.concatenate([self._zeros(source) for source in self.sources[::-1]])",
+        "return self._by_group(self._zeros, np.uint8)",
+        "return np.roll(self._by_group(self._zeros, np.uint8), self.sources[0].rows, 0)",
         "fused matrices keep each part's zero points (vllm#41021, #47515)",
     ),
     Mutant(
@@ -93,14 +93,14 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "parts_from_the_first_row",
         QUANTIZED,
-        "yield row + start, np.ascontiguousarray(values)",
-        "yield start, np.ascontiguousarray(values)",
+        "yield piece.at + start - piece.start, np.ascontiguousarray(whole)",
+        "yield start, np.ascontiguousarray(whole)",
         "parts lie one below the other",
     ),
     Mutant(
         "other_zero_points_taken_for_the_middle",
         QUANTIZED,
-        'if not ZERO_POINTS and (self._zeros(source) != 1 << (self.format["bits"] - 1)).any():',
+        'if (points != 1 << (self.format["bits"] - 1)).any():',
         "if False:",
         "a file that the spec does not describe is refused",
     ),

@@ -46,8 +46,8 @@ TRITON_MUTANTS = (
     Mutant(
         "triton_head_input_not_cast",
         f"{TEMPLATES}/head.py.jinja",
-        "return linear(x.to(torch.{{ head_dtype }}), self.embed_tokens",
-        "return linear(x, self.embed_tokens",
+        "logits = linear(x.to(torch.{{ head_dtype }}), self.embed_tokens",
+        "logits = linear(x, self.embed_tokens",
         "shows where a tied head has a dtype of its own",
     ),
     Mutant(

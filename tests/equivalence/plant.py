@@ -25,9 +25,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
+from mutant import QUANTIZED as QUANTIZED_FILE
 from mutant import ROOT, TVM, Mutant
 from mutants import MUTANTS
 from mutants_kv import KV_MUTANTS
+from mutants_parallel import PARALLEL_MUTANTS
 from mutants_quantized import QUANTIZED_MUTANTS
 from mutants_quantized_kernels import QUANTIZED_KERNELS
 
@@ -41,9 +43,11 @@ TIME_LIMIT = 1200  # seconds of a stage
 FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
-WORKLOADS = [f"{TESTS}/test_{name}.py" for name in ("edges", "long", "features", "quantized", "kv_cache", "machines")]
-LOADING, QUANTIZED, KV_CACHE, FEATURES = (
-    [f"{TESTS}/test_{name}.py"] for name in ("quantized_loading", "quantized", "kv_cache", "features")
+OF_WORKLOADS = ("edges", "long", "features", "quantized", "kv_cache", "machines", "parallel")
+WORKLOADS = [f"{TESTS}/test_{name}.py" for name in OF_WORKLOADS]
+LOADING, QUANTIZED, KV_CACHE, FEATURES, PARALLEL, PLAN = (
+    [f"{TESTS}/test_{name}.py"]
+    for name in ("quantized_loading", "quantized", "kv_cache", "features", "parallel", "shard_plan")
 )
 PROPERTIES = [TESTS, *(f"--ignore={file}" for file in WORKLOADS)]
 TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
@@ -84,6 +88,10 @@ def stages(mutant: Mutant | None) -> list[list[str]]:
             return [["-m", "interpreter", *QUANTIZED]]
         backend = "tvm" if mutant.file.startswith(TVM) else "triton"
         return [[*QUANTIZED, "-k", backend], [*QUANTIZED, *FEATURES, "-k", f"not {backend}"]]
+    if mutant is not None and mutant in PARALLEL_MUTANTS:
+        formats = "formats and " if mutant.file == QUANTIZED_FILE else ""
+        ranks = [*PARALLEL, "-k", formats + ("tvm" if mutant.file.startswith(TVM) else "not tvm")]
+        return [ranks, PLAN] if mutant.file.startswith("qwenspec/ir/") else [ranks]
     if mutant in KV_MUTANTS:
         return [[*KV_CACHE, "-k", "tvm" if mutant.file.startswith(TVM) else "triton"]]
     if mutant is None or mutant.file.startswith("qwenspec/ir/"):

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qwenspec.ir.nodes import Attention, EmbeddingHead, GatedMlp, Linear, LmHead, Model, Param, RMSNorm, Rope, Shard
 from qwenspec.ir.rope import frequencies
-from qwenspec.ir.shard import ShardedParam, columns_of, plan, rows_of
+from qwenspec.ir.shard import ShardedParam, plan, shared
 
 Array = npt.NDArray[np.float64]
 
@@ -29,19 +29,19 @@ def assembled(param: Param, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDAr
     return whole
 
 
-def share(held: ShardedParam, whole: npt.NDArray[Any], degree: int, rank: int) -> npt.NDArray[Any]:
-    """What of a whole parameter a rank holds; zeros in the place of vocabulary rows that there are not."""
-    blocks = rows_of(held.param, degree, rank)
-    found = np.concatenate([whole[rows.start : rows.stop] for rows in blocks])
-    if held.param.shard is Shard.VOCAB:
-        missing = held.shape[0] - len(found)
-        found = np.concatenate([found, np.zeros((missing, *whole.shape[1:]), whole.dtype)])
-    else:
-        assert [len(rows) for rows in blocks] == [part.rows for part in held.parts]
-    if found.ndim == 2:
-        columns = columns_of(held.param, degree, rank)
-        found = found[:, columns.start : columns.stop]
-    assert found.shape == held.shape
+def share(model: Model, held: ShardedParam, whole: npt.NDArray[Any], degree: int, rank: int) -> npt.NDArray[Any]:
+    """What of a whole parameter a rank holds; zeros where it holds less than there is room for."""
+    how = shared(model, held.param)
+    found = np.zeros(held.shape, whole.dtype)
+    columns = how.column_piece(degree, rank)
+    for piece in how.row_pieces(degree, rank):
+        rows = whole[piece.start : piece.stop]
+        assert piece.at + len(rows) <= held.shape[0]
+        if whole.ndim == 1:
+            found[piece.at :][: len(rows)] = rows
+        else:
+            rows = rows[:, columns.start : columns.stop]
+            found[piece.at :][: len(rows), columns.at :][:, : rows.shape[1]] = rows
     return found
 
 
@@ -56,7 +56,8 @@ class ShardedModel:
         self.shares = {held.param.name: held for held in self.plan.params}
         whole = {name: assembled(held.param, tensors).astype(np.float64) for name, held in self.shares.items()}
         self.held = [
-            {name: share(held, whole[name], degree, rank) for name, held in self.shares.items()} for rank in self.ranks
+            {name: share(model, held, whole[name], degree, rank) for name, held in self.shares.items()}
+            for rank in self.ranks
         ]
 
     def outputs(self, ids: Sequence[int]) -> Array:
@@ -102,12 +103,11 @@ class ShardedModel:
         return [dict(zip(names, np.split(product, ends[:-1], axis=1), strict=True)) for product in products]
 
     def _joined(self, linear: Linear, xs: Sequence[Array]) -> Array:
-        """Row-parallel: the ranks' products are added up, and to one of them the bias, which all hold."""
+        """Row-parallel: the ranks' products are added up, each with its bias, which is zeros on all but one."""
         assert linear.weight.shard is Shard.ROW
         products = [x @ held[linear.weight.name].T for x, held in zip(xs, self.held, strict=True)]
         if linear.bias is not None:
-            assert linear.bias.shard is Shard.REPLICATE
-            products[0] = products[0] + self.held[0][linear.bias.name]
+            products = [y + held[linear.bias.name] for y, held in zip(products, self.held, strict=True)]
         return _all_reduce(products)
 
     def _attention(self, attention: Attention, x: Array, positions: npt.NDArray[np.int64]) -> Array:

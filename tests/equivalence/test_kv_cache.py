@@ -14,7 +14,8 @@ from test_machines import sliding
 
 from qwenspec.verify.case import Case
 from qwenspec.verify.search import cases
-from qwenspec.verify.strategies import DTYPES, KV_CACHES, SCALINGS, cache_sizes, specs
+from qwenspec.verify.strategies import DTYPES, SCALINGS, cache_sizes, specs
+from qwenspec.verify.strategies_quantized import KV_CACHES
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["triton", "tvm"]

@@ -18,6 +18,7 @@ PARTS = {
     "qwenspec/ir/rope.py": 6,
     "qwenspec/ir/weights.py": 3,
     "qwenspec/ir/shard.py": 4,
+    "qwenspec/ir/shares.py": 8,
     "qwenspec/backend/": 6,
     "backends/qwenspec_triton/templates/": 3,
     "backends/qwenspec_tvm/templates/": 3,

@@ -16,7 +16,8 @@ from qwenspec.verify.case import Case
 from qwenspec.verify.opening import open_contenders
 from qwenspec.verify.search import cases
 from qwenspec.verify.steps import Add, CacheSizes, Fork, Forward, Poison, Popn, Restart, Step
-from qwenspec.verify.strategies import DTYPES, QUANTIZATIONS, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies import DTYPES, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies_quantized import QUANTIZATIONS
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 BACKENDS = ["triton"] if INTERPRETED else ["triton", "tvm"]

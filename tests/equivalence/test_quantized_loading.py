@@ -25,7 +25,8 @@ from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.spec.document import Spec
 from qwenspec.verify.dequantize import Dequantized, quantized_matrices
-from qwenspec.verify.strategies import QUANTIZATIONS, spec_of, specs
+from qwenspec.verify.strategies import spec_of, specs
+from qwenspec.verify.strategies_quantized import QUANTIZATIONS
 from qwenspec.verify.weights import save_checkpoint, stored_weights
 
 EXAMPLES = settings().max_examples  # 100 in the `ci` profile

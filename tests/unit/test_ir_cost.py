@@ -124,9 +124,48 @@ def test_memory_of_one_rank(tmp_path: Path) -> None:
     assert found.weights == weight_bytes(model)
     assert found.kv_pages == 3 * 63  # 62.5 pages a sequence, rounded up
     assert found.kv_cache == 3 * 63 * 16 * (2 * 8 * 128 * 36 * 2)
-    assert found.logits == 3 * 151936 * 4
-    assert found.activations == 2048 * (2 * 4096 + 3 * 12288) * 2
-    assert found.total == found.weights + found.kv_cache + found.logits + found.activations
+    rows, states, mlp = 4, 6 * 4096, 3 * 12288  # three sequences are served as four
+    assert found.logits == rows * 151936 * (2 + 4)
+    tables, indices = 2 * 64, 2 * 2048 + 3 * (63 + 2) + 1
+    assert found.activations == 2048 * 2 * (states + mlp + tables) + 8 * indices
+    assert found.total == sum([found.weights, found.kv_cache, found.logits, found.activations, found.graphs])
+
+
+def test_memory_of_captured_steps(tmp_path: Path) -> None:
+    """Of 1, 2 or 4 sequences with 16, 32 or 64 pages: inputs and logits of each, and the memory of the largest."""
+    model = qwen3(tmp_path, "qwen3-8b")
+    found = memory(model, plan(model, 1), context=1000, batch=3)
+    steps = [(rows, pages) for rows in (1, 2, 4) for pages in (16, 32, 64)]
+    inputs = sum(rows * 4096 * 2 + 8 * (2 * rows + rows * (pages + 2) + 1) for rows, pages in steps)
+    logits = sum(rows * 151936 * 4 for rows, _ in steps)
+    assert found.graphs == inputs + logits + 4 * (4096 * 2 + 151936 * 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "bytes_of_a_row"),
+    [
+        ({}, 96 * 6),
+        ({"tie_word_embeddings": True}, 96 * 6),
+        ({"dtype": "float32"}, 96 * 4),
+        ({"lm_head": None, "embedding": {"normalize": False}}, 48 * 4),
+        ({"lm_head": None, "embedding": {"normalize": True}}, 2 * 48 * 4),
+        ({"lm_head": {"dtype": "float32"}}, 96 * 4 + 48 * 4),
+    ],
+)
+def test_logits(tmp_path: Path, change: dict[str, Any], bytes_of_a_row: int) -> None:
+    model = lower(make_spec(tmp_path, **change))
+    assert memory(model, plan(model, 1), context=8, batch=2).logits == 2 * bytes_of_a_row
+
+
+def test_logits_that_are_gathered(tmp_path: Path) -> None:
+    """Of 97 rows each of two ranks has 49. What both have is gathered and copied side by side, then to float32."""
+    model = lower(make_spec(tmp_path, vocab_size=97))
+    assert memory(model, plan(model, 2), context=8, batch=2).logits == 2 * (49 * 2 + 2 * 49 * 2 + 97 * 4)
+
+
+def test_a_tied_head_in_another_dtype_casts_the_whole_embedding(tmp_path: Path) -> None:
+    model = lower(make_spec(tmp_path, tie_word_embeddings=True, lm_head={"dtype": "float32"}))
+    assert memory(model, plan(model, 1), context=8, batch=2).logits == 2 * (96 + 48) * 4 + 96 * 48 * 4
 
 
 def test_memory_is_shared_by_ranks(tmp_path: Path) -> None:
@@ -141,15 +180,26 @@ def test_memory_is_shared_by_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("serve", "tokens"),
+    ("serve", "tokens", "sequences", "pages"),
     [
-        ({"context": 10, "batch": 2}, 20),
-        ({"context": 5000, "batch": 2, "prefill_chunk": 512}, 512),
-        ({"context": 100, "batch": 9, "prefill_chunk": 4}, 9),
+        ({"context": 10, "batch": 2}, 20, 2, 1),
+        ({"context": 5000, "batch": 2, "prefill_chunk": 512}, 512, 1, 313),
     ],
 )
-def test_activations_are_those_of_the_largest_forward(tmp_path: Path, serve: dict[str, Any], tokens: int) -> None:
-    """A chunk of prefill, the prompts if they are shorter, or a decode step if its batch is larger."""
+def test_activations_of_prefill(tmp_path: Path, serve: dict[str, Any], tokens: int, sequences: int, pages: int) -> None:
+    """A chunk, or the prompts if they are shorter; on two ranks, of which each has half of heads and MLP."""
     model = lower(make_spec(tmp_path, attention={"head_dim": 16}))
     found = memory(model, plan(model, 2), **serve)
-    assert found.activations == tokens * (2 * 48 + max(2 * (2 + 1) * 16, 3 * 20)) * 2
+    qkv, queries, mlp = (2 + 2 * 1) * 16, 2 * 16, 3 * 20
+    indices = 2 * tokens + sequences * (pages + 2) + 1
+    assert found.activations == tokens * 2 * (6 * 48 + max(qkv + 2 * queries, mlp) + 16) + 8 * indices
+
+
+def test_activations_of_decode(tmp_path: Path) -> None:
+    """Nine sequences that prefill 4 tokens at a time: a step of 16, and each one's keys in four parts, in float32."""
+    model = lower(make_spec(tmp_path, attention={"head_dim": 16}))
+    found = memory(model, plan(model, 1), context=100, batch=9, prefill_chunk=4)
+    given = 9 * 48 * 2 + 8 * (2 * 9 + 9 * (7 + 2) + 1)
+    inputs = 16 * 48 * 2 + 8 * (2 * 16 + 16 * (16 + 2) + 1)
+    states, qkv, queries, parts = 4 * 48 * 2, (4 + 2 * 2) * 16 * 2, 4 * 16 * 2, 4 * 4 * (16 + 1) * 4
+    assert found.activations == given + inputs + 16 * (16 * 2 + states + qkv + 2 * queries + parts)

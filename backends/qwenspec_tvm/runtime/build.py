@@ -1,14 +1,18 @@
-"""Compile this package into a library: python -m <this package>.build --device cpu --dtype float32 -o model.so."""
+"""Compile this package into a library: python -m <this package>.build --device cpu --dtype float32 -o model.so.
+
+With --tp N it is for N ranks that share the model, and the same on each of them."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
 
 from .config import Config
-from .library import DTYPES, compile_library, title, write_library
+from .library import DTYPES, HERE, compile_library, title, write_library
+from .shares import explanation, obstacles, read_shared
 from .targets import BuildError, find_target
 
 
@@ -16,20 +20,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog=f"python -m {__package__}.build", description="Compile this package.")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:sm_90, a TVM target tag or target JSON")
     parser.add_argument("--dtype", choices=DTYPES, default=Config().dtype, help="default: %(default)s")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the model (default: 1)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the library, model.so")
     args = parser.parse_args()
     try:
-        build(args.device, args.dtype, args.output)
+        build(args.device, args.dtype, args.output, args.tp)
     except BuildError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def build(device: str, dtype: str, output: Path) -> None:
-    """Compiles for a device or target (see find_target), and says what came out."""
+def build(device: str, dtype: str, output: Path, degree: int = 1) -> None:
+    """Compiles for a device or target (see find_target) and `degree` ranks, and says what came out."""
+    parameters = read_shared(json.loads((HERE / "MANIFEST.json").read_text())["parameters"])
+    if reasons := obstacles(parameters, degree):
+        raise BuildError(f"{degree} ranks cannot share this model: {'; '.join(reasons)}; {explanation(parameters)}")
     start = time.perf_counter()
-    executable, metadata = compile_library(find_target(device), dtype)
+    executable, metadata = compile_library(find_target(device), dtype, degree)
     compiled = time.perf_counter()
     write_library(executable, metadata, output)
     linked = time.perf_counter()

@@ -25,17 +25,22 @@ ACT_ORDER = True  # flag: … with an order of their inputs
 ALIGNMENT = 64  # of every parameter, which compiled code relies on
 
 
-def load_parameters(checkpoint: Checkpoint, described: Sequence[dict[str, Any]], device: Device) -> list[Tensor]:
+def load_parameters(
+    checkpoint: Checkpoint, described: Sequence[dict[str, Any]], device: Device, first_token: int = 0
+) -> list[Tensor]:
     """Every parameter as a library's metadata describe it: {name, shape, dtype}, in their order.
 
     A matrix [out, in] that is described by three sizes is packed in panels as it is read.
-    [QUANTIZED] A quantised one is several parameters: its values, scales and more."""
+    [QUANTIZED] A quantised one is several parameters: its values, scales and more.
+
+    first_token: of the vocabulary's part that the checkpoint's rank has
+    """
     if device.type == "cpu":
         memory = _memory([_size(one) for one in described])
-        return [_read(checkpoint, one, next(memory)) for one in described]
+        return [_read(checkpoint, one, next(memory), first_token) for one in described]
     tensors = []
     for one in described:  # through the host's memory one at a time
-        tensors.append(_read(checkpoint, one, next(_memory([_size(one)]))).copyto(device))
+        tensors.append(_read(checkpoint, one, next(_memory([_size(one)])), first_token).copyto(device))
     return tensors
 
 
@@ -56,9 +61,12 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
-def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray) -> Tensor:
+def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray, first_token: int) -> Tensor:
     """One parameter in a zeroed buffer of bytes, which the tensor keeps alive."""
     array = buffer.view(_dtype(described)).reshape(described["shape"])
+    if described["name"] == "first_token":
+        array[0] = first_token
+        return share(array)
     if QUANTIZED:
         name, _, content = described["name"].rpartition(".")
         if matrix := next((matrix for matrix in checkpoint.matrices if matrix.name == name), None):
@@ -70,12 +78,13 @@ def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray)
 
 
 def _fill(array: np.ndarray, checkpoint: Checkpoint, parameter: Parameter) -> None:
+    """What a rank has no rows or columns for stays zero."""
     packed = array.ndim > len(parameter.shape)
     for row, piece in checkpoint.pieces(parameter, "np"):
         if packed:
-            pack_into(array, _cast(piece, array.dtype), row)
+            pack_into(array[:, : piece.shape[1]], _cast(piece, array.dtype), row)
         else:
-            array[row : row + len(piece)] = _cast(piece, array.dtype)
+            array[row : row + len(piece)][..., : piece.shape[-1]] = _cast(piece, array.dtype)
 
 
 if QUANTIZED:

@@ -1,0 +1,86 @@
+"""What a rank does in these tests: python scenarios.py FOLDER SCENARIO. FOLDER holds a package `team` with ranks.py.
+
+In the environment, CONSTANTS are seconds of meeting.py that a test shortens, as JSON, FAILING the ranks that fail, and
+WITH facts that ranks compare, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+sys.path.insert(0, sys.argv[1])
+from team import meeting, ranks  # type: ignore[import-not-found]
+
+RANK = int(os.environ.get("RANK", "0"))
+FAILS = str(RANK) in os.environ.get("FAILING", "").split(",")
+
+
+def add_up(here: Any) -> None:
+    import torch
+    import torch.distributed as dist
+
+    total = torch.full((1,), here.rank + 1.0)
+    dist.all_reduce(total)
+    print(f"{here}: {total.item():g}", flush=True)
+
+
+def add_up_for_ever() -> None:
+    """The first sum is said, with this process's number."""
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.ones(1))
+    print(f"{RANK} {os.getpid()}", flush=True)
+    while True:
+        dist.all_reduce(torch.ones(1))
+
+
+def load() -> int:
+    if FAILS:
+        raise ValueError(os.environ.get("REASON") or f"file {RANK} is not readable")
+    return RANK
+
+
+def load_for_ever() -> None:
+    print(f"{RANK} {os.getpid()}", flush=True)
+    if FAILS:
+        time.sleep(1000)
+
+
+def main(scenario: str) -> None:
+    for name, value in json.loads(os.environ.get("CONSTANTS", "{}")).items():
+        assert hasattr(meeting, name)
+        setattr(meeting, name, value)
+    facts = json.loads(os.environ.get("WITH", "{}"))
+    if scenario == "join":
+        add_up(ranks.join("cpu", **facts))
+    elif scenario == "join twice":
+        add_up(ranks.join("cpu"))
+        add_up(ranks.join("cpu", **facts))
+    elif scenario == "join at the second attempt":
+        if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            facts["attempt"] = RANK
+        add_up(ranks.join("cpu", **facts))
+    elif scenario == "load":
+        print(ranks.together(ranks.join("cpu"), load))
+    elif scenario == "fail":
+        here = ranks.join("cpu")
+        if FAILS:
+            raise MemoryError("no memory left")
+        add_up(here)
+    elif scenario == "load for ever":
+        ranks.together(ranks.join("cpu"), load_for_ever)
+    elif scenario == "work for ever":
+        ranks.join("cpu")
+        add_up_for_ever()
+
+
+try:
+    main(sys.argv[2])
+except ranks.RankError as error:
+    print(f"refused: {error}", flush=True)
+    raise
