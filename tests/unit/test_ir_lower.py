@@ -75,14 +75,14 @@ def test_windows(tmp_path: Path, layers: Any, windows: list[int | None]) -> None
 
 @pytest.mark.parametrize(("qkv", "output", "mlp"), list(product([False, True], repeat=3)))
 def test_biases_are_independent(tmp_path: Path, qkv: bool, output: bool, mlp: bool) -> None:
-    """Column-parallel biases are split with their rows; row-parallel ones are whole, to be added once."""
+    """Column-parallel biases are split with their rows; row-parallel ones are the first rank's."""
     model = model_of(tmp_path, attention={"bias": {"qkv": qkv, "output": output}}, mlp={"bias": mlp})
     expected: dict[str, Shard] = {}
     for i in range(3):
         expected |= {f"layers.{i}.attention.qkv_proj.bias": Shard.COLUMN} if qkv else {}
-        expected |= {f"layers.{i}.attention.o_proj.bias": Shard.REPLICATE} if output else {}
+        expected |= {f"layers.{i}.attention.o_proj.bias": Shard.FIRST} if output else {}
         expected |= {f"layers.{i}.mlp.gate_up_proj.bias": Shard.COLUMN} if mlp else {}
-        expected |= {f"layers.{i}.mlp.down_proj.bias": Shard.REPLICATE} if mlp else {}
+        expected |= {f"layers.{i}.mlp.down_proj.bias": Shard.FIRST} if mlp else {}
     assert {p.name: p.shard for p in model.params() if p.name.endswith(".bias")} == expected
 
 
