@@ -43,10 +43,11 @@ class _Rank:
         self.printed: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  (for as long as the process lives)
         self.connection, theirs = Pipe()
         told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
-        threads = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        others = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+        others["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the modules of functions that it is sent
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qwenspec.verify.rank_worker", str(theirs.fileno())],
-            env=os.environ | threads | {name: str(value) for name, value in told.items()},
+            env=os.environ | others | {name: str(value) for name, value in told.items()},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=self.printed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,13 +22,13 @@ from safetensors.torch import save_file
 
 from backends import triton_ranks
 from backends.test_triton_quantized import random_checkpoint
-from backends.triton_ranks import RankProcesses
 from hf_parity.cases import ALL_BIASES, QWEN1_LONG, sliding
 from hf_parity.oracle import QWEN1, QWEN2, QWEN3, TINY, merge
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
 from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load
+from qwenspec.verify.rank_pool import pool
 from qwenspec.verify.weights import save_checkpoint, stored_weights
 
 TIED = {"tie_word_embeddings": True}
@@ -147,30 +147,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return build
 
 
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Callable[[int], RankProcesses]]:
-    """The processes of a number of ranks, which serve every test here."""
-    started: dict[int, RankProcesses] = {}
-
-    def of(degree: int) -> RankProcesses:
-        if degree not in started:
-            started[degree] = RankProcesses(degree)
-        return started[degree]
-
-    yield of
-    for processes in started.values():
-        processes.close()
-
-
 @pytest.mark.parametrize(("degree", "case"), [(d, case) for d in (2, 4) for case in CASES if d in CASES[case][2]])
-def test_ranks_compute_what_one_computes(
-    degree: int, case: str, built: Build, ranks: Callable[[int], RankProcesses]
-) -> None:
+def test_ranks_compute_what_one_computes(degree: int, case: str, built: Build) -> None:
     architecture, _, _, allowed = CASES[case]
     dtype = architecture.get("dtype", "float32")
     package, weights = built(case)
     alone = triton_ranks.outputs(package, weights, dtype)
-    first, *others = ranks(degree)(triton_ranks.outputs, package, weights, dtype)
+    first, *others = pool(degree).each(triton_ranks.outputs, package, weights, dtype)
     assert all(np.ptp(output) > 0.1 for output in alone)
     for forward, (want, got) in enumerate(zip(alone, first, strict=True)):
         assert got.shape == want.shape
@@ -182,24 +165,22 @@ def test_ranks_compute_what_one_computes(
 
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("case", ["2 KV heads, biases, tied", "text embedding"])
-def test_no_more_than_two_all_reduces_a_layer(
-    case: str, degree: int, built: Build, ranks: Callable[[int], RankProcesses]
-) -> None:
+def test_no_more_than_two_all_reduces_a_layer(case: str, degree: int, built: Build) -> None:
     reduce, gather = "all_reduce", "all_gather"
     forward = 2 * TINY["num_hidden_layers"] * [reduce] + ([] if case == "text embedding" else [gather])
     expected = {"embed 5": [reduce], "prefill": forward, "embed 1": [reduce], "decode": forward}
-    assert ranks(degree)(triton_ranks.collectives, *built(case)) == degree * [expected]
+    assert pool(degree).each(triton_ranks.collectives, *built(case)) == degree * [expected]
 
 
-def test_every_rank_goes_on_with_the_tokens_of_the_first(built: Build, ranks: Callable[[int], RankProcesses]) -> None:
+def test_every_rank_goes_on_with_the_tokens_of_the_first(built: Build) -> None:
     package, weights = built("2 KV heads, biases, tied")
     alone = triton_ranks.tokens(package, weights, 1.0)
     assert len(alone) == 12
-    assert ranks(2)(triton_ranks.tokens, package, weights, 1.0) == [alone, alone]
+    assert pool(2).each(triton_ranks.tokens, package, weights, 1.0) == [alone, alone]
 
 
-def test_an_id_of_padding_is_outside_the_vocabulary(built: Build, ranks: Callable[[int], RankProcesses]) -> None:
-    told = ranks(2)(triton_ranks.outside, *built("2 KV heads, biases, tied"))
+def test_an_id_of_padding_is_outside_the_vocabulary(built: Build) -> None:
+    told = pool(2).each(triton_ranks.outside, *built("2 KV heads, biases, tied"))
     assert told == 2 * ["an id is outside the vocabulary of 101"]
 
 

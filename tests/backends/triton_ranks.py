@@ -1,85 +1,29 @@
-"""Ranks of a Triton package as real processes, which stay and run what tests send them."""
+"""What tests ask ranks to do with a Triton package (`qwenspec.verify.rank_pool`)."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import socket
-import traceback
-from collections.abc import Callable, Sequence
-from multiprocessing.connection import Connection
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 COLLECTIVES = ("all_", "broadcast", "reduce", "gather", "scatter", "send", "recv", "barrier")
-SECONDS = 120  # for what is sent; the slowest answer is the first, after torch has been imported
 
 
-class RankProcesses:
-    """`degree` processes with torchrun's environment, over gloo."""
-
-    def __init__(self, degree: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
-        self.connections: list[Connection] = []
-        self.processes = []
-        for rank in range(degree):
-            ours, theirs = context.Pipe()
-            environment = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(degree),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            }
-            process = context.Process(target=_serve, args=(theirs, environment), daemon=True)
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
-
-    def __call__(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """What it returns on each rank. `function` is one of an importable module."""
-        for connection in self.connections:
-            connection.send((function, arguments))
-        answers = []
-        for rank, connection in enumerate(self.connections):
-            assert connection.poll(SECONDS), f"rank {rank} does not answer"
-            answers.append(connection.recv())
-        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(answers) if error]
-        assert not errors, "\n".join(errors)
-        return [answer for answer, _ in answers]
-
-    def close(self) -> None:
-        for connection in self.connections:
-            connection.send(None)
-        for process in self.processes:
-            process.join(SECONDS)
-            assert process.exitcode == 0, f"rank ended with {process.exitcode}"
-
-
-def _serve(connection: Connection, environment: dict[str, str]) -> None:
-    os.environ.update(environment)
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """New tensors are NaN until something is written there."""
     import torch
 
-    torch.set_num_threads(1)
-    torch.use_deterministic_algorithms(True, warn_only=True)  # new tensors are NaN until something is written there
-    while (call := connection.recv()) is not None:
-        function, arguments = call
-        try:
-            connection.send((function(*arguments), None))
-        except Exception:
-            connection.send((None, traceback.format_exc()))
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
 
 
-# --------------------------------------------------------------------------------------- what ranks are sent
-
-
+@unwritten_is_nan()
 def outputs(package: Path, weights: Path, dtype: str) -> list[np.ndarray]:
     """What each forward gives of prefills, one of them in chunks, a fork, batched decodes and a verification."""
     import torch

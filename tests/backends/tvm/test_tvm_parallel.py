@@ -103,9 +103,7 @@ def ranks(_libraries: None) -> Iterator[Callable[[int], RankPool]]:
 
     def pool(size: int) -> RankPool:
         if size not in pools:
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("PYTHONPATH", f"{HERE}{os.pathsep}{HERE.parents[1]}")
-                pools[size] = RankPool(size)
+            pools[size] = RankPool(size)
         return pools[size]
 
     yield pool
