@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -71,10 +72,16 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def start(command: Sequence[str], **changes: str) -> subprocess.Popen[str]:
-    """A process in a session of its own, as a terminal would have it."""
-    pipe = subprocess.PIPE
+    """A process in a session of its own, as a terminal would have it: one that Ctrl-C reaches, which it does not where
+    tests run in the background."""
     return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=environment(**changes), start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**changes),
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
