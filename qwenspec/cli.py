@@ -357,7 +357,9 @@ def verify(
     variant: Variant = None,
     backend: Annotated[
         list[str] | None,
-        typer.Option("--backend", "-b", help="Default: all that can run here.", autocompletion=_backends),
+        typer.Option(
+            "--backend", "-b", help="Default: all that can run here. On two ranks: triton@2.", autocompletion=_backends
+        ),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option("--weights", "-w", metavar="DIR", help="A checkpoint, at full size.")

@@ -24,9 +24,9 @@ def on_ranks(backend: str, ranks: int) -> str:
 
 
 def backend_and_ranks(contender: str) -> tuple[str, int]:
-    """What `on_ranks` made the name of."""
+    """What `on_ranks` made the name of; any other is that of a backend."""
     backend, _, ranks = contender.partition("@")
-    return backend, int(ranks or 1)
+    return (backend, int(ranks)) if ranks.isdecimal() else (contender, 1)
 
 
 @dataclass(frozen=True)

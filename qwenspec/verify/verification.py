@@ -21,10 +21,11 @@ from qwenspec.backend.load import import_package
 from qwenspec.backend.registry import find, installed
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
 from qwenspec.ir.lower import lower
+from qwenspec.ir.shard import obstacles
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import module_errors
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks
 from qwenspec.verify.contenders import Rows
 from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
 from qwenspec.verify.huggingface import obstacle
@@ -51,8 +52,8 @@ Progress = Callable[[str, int], None]  # what begins now, and how much of the wo
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. Empty `backends`: all that are installed; empty `dtypes`: float32 and the spec's own, or
-    with `weights` the spec's own."""
+    """What was asked for. `backends`: `triton`, or its package on two ranks, `triton@2`; empty: all that are installed.
+    Empty `dtypes`: float32 and the spec's own, or with `weights` the spec's own."""
 
     spec: Spec
     command: str
@@ -90,7 +91,8 @@ def verify(request: Request, progress: Progress = lambda what, done: None) -> Ve
     if request.weights is not None:
         check_fits(request.spec, request.weights)
     entrants = list(_entrants(request))
-    backends = [entrant.name for entrant in entrants if not entrant.absent and entrant.name in installed()]
+    present = (backend_and_ranks(entrant.name)[0] for entrant in entrants if not entrant.absent)
+    backends = [name for name in dict.fromkeys(present) if name in installed()]
     result = Verification(
         spec=request.spec.variant,
         file=request.spec.file,
@@ -123,7 +125,9 @@ def _entrants(request: Request) -> Iterator[Entrant]:
     for name in request.backends or installed():
         problem = _problem(name, request)
         reasons += [problem] if problem else []
-        yield Entrant(name, f"a generated package, on {request.device}", problem.message if problem else "")
+        ranks = backend_and_ranks(name)[1]
+        place = request.device if ranks == 1 else f"{ranks} ranks, {request.device}"
+        yield Entrant(name, f"a generated package, on {place}", problem.message if problem else "")
     if reasons and (request.backends or len(reasons) == len(installed())):
         raise SpecError(reasons, _exit_code(reasons))
     missing = find_spec("transformers") is None or find_spec("torch") is None
@@ -138,7 +142,8 @@ def _entrants(request: Request) -> Iterator[Entrant]:
 
 
 def _problem(name: str, request: Request) -> Diagnostic | None:
-    """Why a backend cannot take part."""
+    """Why a backend cannot take part, or so many ranks of its package."""
+    name, ranks = backend_and_ranks(name)
     backend = find(name)
     if reason := backend.unavailable():
         return reason
@@ -148,7 +153,7 @@ def _problem(name: str, request: Request) -> Diagnostic | None:
     if request.device not in devices and f"{request.device}:0" not in devices:
         message = f"the {name} backend cannot use the device `{request.device}` here"
         return Diagnostic("no-device", message, hint=f"use {listed(devices)}")
-    return None
+    return next(iter(obstacles(lower(request.subject), ranks)), None)
 
 
 def _exit_code(reasons: Sequence[Diagnostic]) -> ExitCode:

@@ -75,6 +75,22 @@ def test_a_sound_spec_agrees_everywhere(spec: Path, tmp_path: Path) -> None:
     assert found["command"].startswith(f"qwenspec verify {spec} --backend=triton --examples=8 --seed=3")
 
 
+def test_a_package_on_two_ranks_takes_part(spec: Path) -> None:
+    found = verified(spec, "--backend", "triton@2", "--examples", "3")
+    assert found["verdict"] == "pass"
+    agreeing = {(frozenset(pair), check) for *pair, check in cells(found, "pass")}
+    assert (frozenset({"triton", "triton@2"}), "every forward") in agreeing
+    (name,) = {entrant["description"] for entrant in found["entrants"] if entrant["name"] == "triton@2"}
+    assert name == "a generated package, on 2 ranks, cpu"
+    assert {curve["contender"] for curve in found["by_layer"]} == {"triton", "triton@2"}
+
+
+def test_ranks_that_cannot_share_the_spec(spec: Path) -> None:
+    result = call("verify", spec, "--backend", "triton@3")
+    assert result.exit_code == 2
+    assert "cannot be shared evenly by 3 ranks" in result.stderr
+
+
 def test_the_same_seed_draws_the_same(spec: Path) -> None:
     first, second = (verified(spec, "--examples", "3", "--seed", "5") for _ in range(2))
     assert first["examples"] == second["examples"]
