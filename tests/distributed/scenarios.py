@@ -19,13 +19,18 @@ RANK = int(os.environ.get("RANK", "0"))
 FAILS = str(RANK) in os.environ.get("FAILING", "").split(",")
 
 
+def say(text: object) -> None:
+    """A line in one piece: ranks share torchrun's standard output."""
+    os.write(sys.stdout.fileno(), f"{text}\n".encode())
+
+
 def add_up(here: Any) -> None:
     import torch
     import torch.distributed as dist
 
     total = torch.full((1,), here.rank + 1.0)
     dist.all_reduce(total)
-    print(f"{here}: {total.item():g}", flush=True)
+    say(f"{here}: {total.item():g}")
 
 
 def add_up_for_ever() -> None:
@@ -34,7 +39,7 @@ def add_up_for_ever() -> None:
     import torch.distributed as dist
 
     dist.all_reduce(torch.ones(1))
-    print(f"{RANK} {os.getpid()}", flush=True)
+    say(f"{RANK} {os.getpid()}")
     while True:
         dist.all_reduce(torch.ones(1))
 
@@ -46,7 +51,7 @@ def load() -> int:
 
 
 def load_for_ever() -> None:
-    print(f"{RANK} {os.getpid()}", flush=True)
+    say(f"{RANK} {os.getpid()}")
     if FAILS:
         time.sleep(1000)
 
@@ -66,7 +71,7 @@ def main(scenario: str) -> None:
             facts["attempt"] = RANK
         add_up(ranks.join("cpu", **facts))
     elif scenario == "load":
-        print(ranks.together(ranks.join("cpu"), load))
+        say(ranks.together(ranks.join("cpu"), load))
     elif scenario == "fail":
         here = ranks.join("cpu")
         if FAILS:
@@ -82,5 +87,5 @@ def main(scenario: str) -> None:
 try:
     main(sys.argv[2])
 except ranks.RankError as error:
-    print(f"refused: {error}", flush=True)
+    say(f"refused: {error}")
     raise
