@@ -32,7 +32,7 @@ def emit(model: Model) -> dict[str, str]:
             ["__init__", "__main__", "config", "layers", "model", "rope"],
             **linears,
         ),
-        **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape, LM_HEAD=shape.head != "embedding"),
+        **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),
         **_kernels(shape, linears["plain_product"]),
         **common(shape, *shared),
         **manifest(model),

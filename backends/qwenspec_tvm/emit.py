@@ -15,8 +15,7 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     left_out, shared = {"__init__"}, ["checkpoint", "ranks", "sequences", "stored", "text"]
-    generates = shape.head != "embedding"
-    if generates:
+    if shape.head != "embedding":
         shared.append("generation")
     else:
         left_out.add("generate")
@@ -33,8 +32,8 @@ def emit(model: Model) -> dict[str, str]:
     ]
     return {
         **render(model, HERE / "templates", ["__init__", "__main__", "config", "layers", "model", "rope"]),
-        **vendor(runtime, shape, LM_HEAD=generates),
-        **vendor(kernels, shape, "kernels", LM_HEAD=generates),
+        **vendor(runtime, shape),
+        **vendor(kernels, shape, "kernels"),
         # TVM's cache cannot give pages back behind a window: it would lose the tokens' positions.
         **common(shape, *shared, EVICTS=False),
         **manifest(model),

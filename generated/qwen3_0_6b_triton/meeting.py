@@ -58,7 +58,7 @@ class Store:
 
     def __init__(self, host: bool) -> None:
         """`host`: this process opens it; else the launcher has, or rank 0 does."""
-        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+        from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]  # torch re-exports them
 
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         me = f"rank {os.environ['RANK']} on {socket.gethostname()}"

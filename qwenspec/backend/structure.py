@@ -59,6 +59,7 @@ class Structure:
             "FROZEN_ROPE": self.frozen,
             "ROUND_TABLES": self.round_tables,
             "ATTENTION_FACTOR": self.attention_factor,
+            "LM_HEAD": self.head != "embedding",
             "EVERY_LAYER_SLIDES": self.windows == "all",
             "EVICTS": self.windows == "all",
             **self._quantization_flags,

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -155,7 +155,7 @@ def remove(weights: Path) -> str:
 
 
 @pytest.mark.parametrize("spoil", [truncate, remove])
-def test_a_checkpoint_that_one_rank_cannot_read(spoil, here: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_checkpoint_that_one_rank_cannot_read(spoil: Callable[[Path], str], here: Path) -> None:
     shutil.copytree(here / "weights", here / "other" / "weights")
     kind = spoil(here / "other" / "weights")
     commands = [["-m", "tiny_triton", *options(folder, 10)] for folder in (here, here / "other")]

@@ -90,7 +90,7 @@ def test_the_checkpoint_is_small_and_in_bfloat16() -> None:
     file = EXAMPLE / "model.safetensors"
     assert file.stat().st_size <= 5_000_000
     with safe_open(str(file), framework="pt") as tensors:
-        slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118
+        slices = [tensors.get_slice(name) for name in tensors.keys()]  # noqa: SIM118  (no mapping)
         assert {s.get_dtype() for s in slices} == {"BF16"}
         widths = {s.get_shape()[1] for s in slices if len(s.get_shape()) == 2}
     assert all(width % 128 == 0 for width in widths)  # groups of 32, 64 and 128 divide every linear's inputs

@@ -21,7 +21,8 @@ from qwenspec.spec.load import load_all
 from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.features import features, schema_features
 from qwenspec.verify.steps import CacheSizes
-from qwenspec.verify.strategies import DTYPES, KV_CACHES, QUANTIZATIONS, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies import DTYPES, SCALINGS, cache_sizes, spec_of, specs
+from qwenspec.verify.strategies_quantized import KV_CACHES, QUANTIZATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALLEST: dict[str, Any] = {

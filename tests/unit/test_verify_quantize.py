@@ -25,7 +25,7 @@ from qwenspec.verify.quantize import AWQ_NIBBLES, packed, quantized
 from qwenspec.verify.reference import Reference
 from qwenspec.verify.session import Session
 from qwenspec.verify.steps import Add, CacheSizes, Forward
-from qwenspec.verify.strategies import QUANTIZATIONS
+from qwenspec.verify.strategies_quantized import QUANTIZATIONS
 from qwenspec.verify.weights import random_weights, save_checkpoint, stored_weights
 from unit.test_verify_drawing import draw
 

@@ -44,7 +44,7 @@ def record(nccl: ModuleType) -> list[str]:
     """What NCCL is asked for from now on, in order."""
     asked = []
 
-    class Recorded(nccl.Communicator):  # type: ignore[misc, name-defined]
+    class Recorded(nccl.Communicator):
         def all_reduce(self, *arguments: Any) -> None:
             asked.append("all_reduce")
             super().all_reduce(*arguments)
