@@ -24,7 +24,8 @@ TVM = "backends/qwenspec_tvm"
 class Mutant:
     """One text of one source file, and what stands there by mistake.
 
-    `old` occurs once in `file`, a path in the repository. `lesson`: what goes wrong, and threads in which it did."""
+    `old` occurs once in `file`, a path in the repository. `lesson`: what goes wrong, and threads in which it did.
+    `tests`: the files that must notice it, where it is not the equivalence suite."""
 
     name: str
     file: str
@@ -32,6 +33,7 @@ class Mutant:
     new: str
     lesson: str
     interpreted: bool = False  # the code runs in Triton's interpreter alone
+    tests: tuple[str, ...] = ()
 
     def apply(self, root: Path) -> None:
         """Write the mistake into the copy of the repository at `root`. Raises ValueError unless `old` is there once."""

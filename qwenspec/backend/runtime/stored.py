@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -33,6 +34,31 @@ class Stored:
     file: Path
     dtype: str
     shape: tuple[int, ...]
+
+
+def read_text(file: Path) -> str:
+    """The text of a regular file, which is UTF-8 wherever it is read. Raises CheckpointError, which names the file."""
+    try:
+        if not file.is_file():  # a fifo would never end
+            raise CheckpointError(f"{file} is {'no regular file' if file.exists() else 'missing'}")
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{file} is not UTF-8") from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError, which names the file."""
+    try:
+        content = json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise CheckpointError(f"{file}:{error.lineno}:{error.colno} is not valid JSON: {error.msg}") from error
+    except RecursionError:
+        raise CheckpointError(f"{file} is nested too deep") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return content
 
 
 def read_headers(folder: Path) -> dict[str, Stored]:
