@@ -59,6 +59,8 @@ def manifest(model: Model) -> dict[str, str]:
     shape = structure(model)
     if shape.weights or shape.head_weights:
         content["zero_tensors"] = list(model.zero_tensors)
+    if model.tied_names:
+        content["tied"] = list(model.tied_names)
     return {MANIFEST: json.dumps(content | {"parameters": _entries(model)})}
 
 
