@@ -185,13 +185,16 @@ def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json, or a checkpoint folder.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="SPEC", help="Default: stdout.")] = None,
     name: Annotated[str | None, typer.Option(help="The variant's name. Default: the folder's.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that nobody needs, such as `*.inv_freq`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite SPEC.")] = False,
     as_json: Json = False,
 ) -> None:
     """The spec of a Hugging Face config. A key that nobody reads is an error."""
     from qwenspec.commands import authoring
 
-    authoring.import_spec(config, name, out, force, as_json)
+    authoring.import_spec(config, name, ignore or [], out, force, as_json)
 
 
 @app.command()

@@ -51,7 +51,7 @@ def lower(spec: Spec) -> nodes.Model:
         head=head,
         kv_cache=build.kv_cache,
         checkpoint_layer=spec.layout.layer,
-        ignored_tensors=spec.layout.ignore + _unread_head(spec, head),
+        ignored_tensors=spec.layout.ignore + arch.checkpoint.ignore + _unread_head(spec, head),
         # GPTQ's files may have biases that the model has not.
         zero_tensors=("*.bias",) if isinstance(spec.quantization, Gptq) else (),
         tied_tensor=_tied_tensor(spec, head),

@@ -8,13 +8,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any
-
-STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -302,7 +300,7 @@ def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allow
         if found is None:
             if not tensor.optional:
                 problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
-        elif found.shape != tensor.shape and (not STORED_KV_SCALES or found.shape or tensor.shape != (1,)):
+        elif (found.shape or (1,)) != tensor.shape:  # a scale may be [] or [1]
             needed = f"{parameter} needs {list(tensor.shape)}"
             problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
         elif found.dtype not in tensor.dtypes:
@@ -316,9 +314,8 @@ def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allow
 
 def explained(problems: Sequence[str], stored: dict[str, Stored]) -> list[str]:
     """Problems in lines for people: where they are many, some of them and what the checkpoint does hold."""
-    for prefix, way in WRAPPERS.items():
-        if stored and all(name.startswith(prefix) for name in stored):
-            return [f"every tensor's name begins with `{prefix}`: {way}"]
+    if told := wrapper(stored):
+        return [told]
     if len(problems) <= SHOWN:
         return list(problems)
     more = f"and {len(problems) - SHOWN} more"
@@ -333,3 +330,11 @@ def summary(stored: dict[str, Stored]) -> list[str]:
     )
     lines = [f"{kind}, {count} times" if count > 1 else kind for kind, count in kinds.items()]
     return lines[:SHOWN] + ([f"and {len(lines) - SHOWN} more kinds"] if len(lines) > SHOWN else [])
+
+
+def wrapper(names: Collection[str]) -> str | None:
+    """What explains that all names begin with a wrapper's prefix, and the way out."""
+    for prefix, way in WRAPPERS.items():
+        if names and all(name.startswith(prefix) for name in names):
+            return f"every tensor's name begins with `{prefix}`: {way}"
+    return None
