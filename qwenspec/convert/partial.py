@@ -35,7 +35,7 @@ class Partial:
         self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
         self.names = _names(len(shards))
         self.finished: dict[str, Error | None] = {}
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} - {f"{STATE}.writing"}:
             self._check(identity)
             self._go_on()
         else:
