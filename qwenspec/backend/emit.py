@@ -1,14 +1,13 @@
 """From a spec to a package on disk: render, format, compare, write.
 
 A backend gives texts; here they get their banner, the pinned formatter and their place. Nothing is written before
-every text is there, files are written beside their places and renamed, and one that has not changed is not touched.
+every text is there.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -20,10 +19,11 @@ from pathlib import Path
 import jinja2
 
 import qwenspec
+from qwenspec.backend import folder
 from qwenspec.backend.api import Backend
 from qwenspec.backend.quoting import comment
 from qwenspec.backend.registry import MANIFEST, find
-from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.diagnostics import SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.spec.document import Spec
@@ -33,9 +33,8 @@ LINE_LENGTH = 120
 
 def emit(spec: Spec, backend: str, out: str | Path) -> Path:
     """Write the package of `spec` into the folder `out` and return the package's own folder."""
-    files = render_package(spec, find(backend))
     package = Path(out) / package_name(spec, backend)
-    _write(package, files)
+    folder.write(package, render_package(spec, find(backend)))
     return package
 
 
@@ -43,7 +42,7 @@ def check(spec: Spec, backend: str, out: str | Path) -> str:
     """A unified diff from the package in `out` to what would be written; empty when they are the same."""
     files = render_package(spec, find(backend))
     package = Path(out) / package_name(spec, backend)
-    present = _read(package)
+    present = {name: text.decode(errors="replace") for name, text in folder.read(package, files).files.items()}
     return "".join(
         _diff(f"{package}/{name}", present.get(name), files.get(name)) for name in sorted(present.keys() | files.keys())
     )
@@ -72,7 +71,7 @@ def render_package(spec: Spec, backend: Backend) -> dict[str, str]:
         "backend": backend.name,
         "qwenspec": qwenspec.__version__,
     }
-    return texts | {MANIFEST: dump_manifest(header | manifest)}
+    return texts | {MANIFEST: dump_manifest(header | manifest | {"files": folder.hashes(texts)})}
 
 
 def banner(model: Model, backend: str, options: Iterable[tuple[str, str]]) -> str:
@@ -109,8 +108,8 @@ def environment(*templates: Path) -> jinja2.Environment:
 
 def format_files(files: Mapping[str, str]) -> dict[str, str]:
     """Sort imports, drop unused ones and format, with the pinned ruff and no one's configuration."""
-    with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
         for name, text in files.items():
             (root / name).parent.mkdir(parents=True, exist_ok=True)
             (root / name).write_text(text, encoding="utf-8")
@@ -129,48 +128,6 @@ def format_files(files: Mapping[str, str]) -> dict[str, str]:
             done = subprocess.run([*ruff, *command], cwd=root, capture_output=True, text=True, check=False)
             assert done.returncode == 0, f"generated code that ruff rejects:\n{done.stdout}{done.stderr}"
         return {name: (root / name).read_text(encoding="utf-8") for name in files}
-
-
-def _write(package: Path, files: Mapping[str, str]) -> None:
-    """Put the files in place: changed ones are all written beside their places first, then renamed."""
-    present = _read(package)
-    if present and MANIFEST not in present:
-        raise SpecError(
-            [
-                Diagnostic(
-                    "not-generated",
-                    f"{package} holds Python files that qwenspec did not write (there is no {MANIFEST})",
-                    hint="remove it, or choose another folder with --out",
-                )
-            ]
-        )
-    staged: list[tuple[Path, Path]] = []
-    try:
-        for name, text in files.items():
-            if present.get(name) != text:
-                target = package / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                staged.append((target.with_name(f".{target.name}.new"), target))
-                staged[-1][0].write_text(text, encoding="utf-8")
-        for temporary, target in staged:
-            os.replace(temporary, target)
-        for name in present.keys() - files.keys():
-            (package / name).unlink()
-    except OSError as error:
-        for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
-        raise SpecError(
-            [Diagnostic("cannot-write", f"{package}: {error.strerror}", hint="choose another folder with --out")]
-        ) from error
-
-
-def _read(package: Path) -> dict[str, str]:
-    """The package's text files as they are on disk."""
-    return {
-        str(file.relative_to(package)): file.read_text(encoding="utf-8")
-        for pattern in ("**/*.py", MANIFEST)
-        for file in sorted(package.glob(pattern))
-    }
 
 
 def _diff(name: str, old: str | None, new: str | None) -> str:
