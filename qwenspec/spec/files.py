@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -14,17 +12,16 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from qwenspec import source, tree
-from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest, printable
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
-from qwenspec.spec.document import BESIDE, Document, Variant
+from qwenspec.spec.document import BESIDE, Document, Variant, module_name, names_a_variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
 from qwenspec.tree import Entry, Mapping, Node, Scalar, place, plain
 
 MAX_EXTENDS = 32
-VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _OWN_KEYS = tuple(Variant.model_fields)
 
 
@@ -77,6 +74,7 @@ class Files:
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
+        _refuse_unprintable(name, wanted_by)
         path = os.path.realpath(name)
         if path not in self._files:
             document = source.parse_file(name, wanted_by)
@@ -187,9 +185,9 @@ def layout_node(architecture: Node | None) -> Node | None:
     if "/" not in node.value and not node.value.endswith((".yaml", ".yml")):
         hint = f"{_choices(node.value, builtin_layouts())}, a YAML file such as `./names.yaml`, or the names themselves"
         _fail("unknown-layout", f"there is no layout `{node.value}`", node.location, hint)
-    document = source.parse_file(
-        os.path.normpath(Path(node.location.file).parent / node.value), wanted_by=node.location
-    )
+    path = os.path.normpath(Path(node.location.file).parent / node.value)
+    _refuse_unprintable(path, node.location)
+    document = source.parse_file(path, wanted_by=node.location)
     if document.diagnostics:
         raise SpecError(document.diagnostics)
     return document.root
@@ -203,6 +201,13 @@ def _builtin_layout(name: str) -> Mapping:
 def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path]) -> str:
     close = nearest(word, allowed)
     return (f"did you mean `{close}`? " if close else "") + f"there is {listed(allowed, 'and')}"
+
+
+def _refuse_unprintable(path: str, wanted_by: Location | None) -> None:
+    """A spec's path becomes part of the packages: it has to be text that can be read there."""
+    if printable(path) != path:
+        message = f"the path `{path}` has characters that cannot be printed"
+        _fail("unprintable-path", message, wanted_by or Location(path, 0, 0), "rename the file or its folder")
 
 
 def _fail(code: str, message: str, location: Location, hint: str = "") -> NoReturn:
@@ -244,10 +249,10 @@ def _bad_names(file: SpecFile) -> Iterator[Diagnostic]:
     """A variant's name becomes a file's and a Python package's."""
     taken: dict[str, str] = {}
     for name, entry in file.variants().items():
-        module = re.sub(r"[-.]", "_", name).lower()
+        module = module_name(name)
         if not name:
             continue  # a missing family, reported as such
-        if not re.fullmatch(VARIANT_NAME, name) or len(name) > 100 or keyword.iskeyword(module):
+        if not names_a_variant(name):
             message = f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
             hint = "begin with a letter and use letters, digits, `-`, `_` and `.`"
             yield Diagnostic("variant-name", message, entry.key, hint)
