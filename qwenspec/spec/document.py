@@ -61,7 +61,7 @@ class Document(Model):
 
 
 class Spec(Model):
-    """One variant, complete. Equality and `sha256` ignore where it came from."""
+    """One variant, complete. `sha256` ignores where it came from."""
 
     schema_version: Literal[1] = 1
     family: str

@@ -14,7 +14,8 @@ from typing import NoReturn
 from pydantic import ValidationError
 
 from qwenspec import source, tree
-from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, near, nearest
+from qwenspec.spec import bundled
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
 from qwenspec.spec.document import BESIDE, Document, Variant
@@ -24,6 +25,7 @@ from qwenspec.spec.shape import fields
 from qwenspec.tree import Entry, Mapping, Node, Scalar, place, plain
 
 MAX_EXTENDS = 32
+MAX_CHOICES = 8  # variants that a hint lists
 VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _OWN_KEYS = tuple(Variant.model_fields)
 
@@ -77,9 +79,9 @@ class Files:
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
-        path = os.path.realpath(name)
+        path = os.path.realpath(bundled.path_of(name))
         if path not in self._files:
-            document = source.parse_file(name, wanted_by)
+            document = source.parse(source.read(bundled.path_of(name), wanted_by), name)
             self._files[path] = SpecFile(name, path, document.root, _problems(document, name, path))
         return self._files[path]
 
@@ -122,10 +124,14 @@ class Files:
         node = mapping.get("extends")
         if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
             return None  # absent, or reported as a wrong type
-        path, _, name = node.value.partition("#")
+        named = node.value
+        if named.startswith(bundled.PREFIX):
+            named = bundled.resolve(named, node.location)
+        path, _, name = named.partition("#")
         base = file
         if path:
-            base = self.open(os.path.normpath(Path(node.location.file).parent / path), node.location)
+            where = path if path.startswith(bundled.PREFIX) else _relative(node.location, path)
+            base = self.open(where, node.location)
             if base is not file and base.problems:
                 raise SpecError(base.problems)
         return base, variant_named(base, name or None, node.location), node.location
@@ -144,6 +150,11 @@ class Files:
             _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
+def _relative(location: Location, name: str) -> str:
+    """A file as another names it: relative to the folder that it is in."""
+    return os.path.normpath(Path(location.file).parent / name)
+
+
 _MERGED = ("architecture", *BESIDE)
 
 
@@ -160,12 +171,17 @@ def variant_named(file: SpecFile, name: str | None, wanted_by: Location | None =
     if name is None:
         chosen = file.default()
         if chosen is None:
-            hint = f"name one of {listed(names)}, or set `default_variant`" if names else ""
+            hint = f"{_some(names, file.name)}, or set `default_variant`" if names else ""
             _fail("no-default-variant", f"`{file.name}` has {len(names)} variants and no default", where, hint)
         return chosen
     if name not in names:
-        _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, _choices(name, names))
+        hint = _choices(name, names, file.name)
+        _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, hint)
     return name
+
+
+def _some(names: dict[str, Entry], file: str) -> str:
+    return "name one" + (f" of {listed(names)}" if len(names) <= MAX_CHOICES else f": `qwenspec list {file}` shows all")
 
 
 def layout_node(architecture: Node | None) -> Node | None:
@@ -200,9 +216,13 @@ def _builtin_layout(name: str) -> Mapping:
     return source.parse_file(builtin_layouts()[name]).root
 
 
-def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path]) -> str:
-    close = nearest(word, allowed)
-    return (f"did you mean `{close}`? " if close else "") + f"there is {listed(allowed, 'and')}"
+def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path], file: str = "") -> str:
+    """What may stand in place of `word`; of very many the closest, and how `file` tells the rest."""
+    if file and len(allowed) > MAX_CHOICES:
+        close = near(word, allowed)
+        return (f"did you mean {close}? " if close else "") + f"`qwenspec list {file}` shows all {len(allowed)}"
+    meant = nearest(word, allowed)
+    return (f"did you mean `{meant}`? " if meant else "") + f"there is {listed(allowed, 'and')}"
 
 
 def _fail(code: str, message: str, location: Location, hint: str = "") -> NoReturn:
@@ -264,4 +284,4 @@ def _bad_default(file: SpecFile) -> Iterator[Diagnostic]:
         yield Diagnostic("no-variants", "`variants` is empty", place(file.root, ("variants",)), hint)
     elif isinstance(chosen, Scalar) and isinstance(chosen.value, str) and chosen.value not in names:
         message = f"there is no variant `{chosen.value}`"
-        yield Diagnostic("unknown-variant", message, chosen.location, _choices(chosen.value, names))
+        yield Diagnostic("unknown-variant", message, chosen.location, _choices(chosen.value, names, file.name))
