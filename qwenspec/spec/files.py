@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,12 +16,11 @@ from qwenspec import source, tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, near, nearest
 from qwenspec.spec import bundled
 from qwenspec.spec.architecture import Architecture
-from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
 from qwenspec.spec.document import BESIDE, Document, Variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
-from qwenspec.tree import Entry, Mapping, Node, Scalar, place, plain
+from qwenspec.tree import Entry, Mapping, Scalar, place, plain
 
 MAX_EXTENDS = 32
 MAX_CHOICES = 8  # variants that a hint lists
@@ -184,41 +182,9 @@ def _some(names: dict[str, Entry], file: str) -> str:
     return "name one" + (f" of {listed(names)}" if len(names) <= MAX_CHOICES else f": `qwenspec list {file}` shows all")
 
 
-def layout_node(architecture: Node | None) -> Node | None:
-    """The tree of the checkpoint layout that an architecture names, or None when that is in error elsewhere.
-
-    A name with a slash or a .yaml ending is a file, relative to the file in which it was written.
-    """
-    node = tree.at(architecture, ("checkpoint", "layout"))
-    if isinstance(node, Mapping):
-        return node
-    if node is None:
-        default = Architecture.model_fields["checkpoint"].default
-        assert isinstance(default, Checkpoint)
-        return _builtin_layout(str(default.layout))
-    if not isinstance(node, Scalar) or not isinstance(node.value, str):
-        return None
-    if node.value in builtin_layouts():
-        return _builtin_layout(node.value)
-    if "/" not in node.value and not node.value.endswith((".yaml", ".yml")):
-        hint = f"{_choices(node.value, builtin_layouts())}, a YAML file such as `./names.yaml`, or the names themselves"
-        _fail("unknown-layout", f"there is no layout `{node.value}`", node.location, hint)
-    document = source.parse_file(
-        os.path.normpath(Path(node.location.file).parent / node.value), wanted_by=node.location
-    )
-    if document.diagnostics:
-        raise SpecError(document.diagnostics)
-    return document.root
-
-
-@cache
-def _builtin_layout(name: str) -> Mapping:
-    return source.parse_file(builtin_layouts()[name]).root
-
-
-def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path], file: str = "") -> str:
-    """What may stand in place of `word`; of very many the closest, and how `file` tells the rest."""
-    if file and len(allowed) > MAX_CHOICES:
+def _choices(word: str, allowed: dict[str, Entry], file: str) -> str:
+    """What may stand in place of `word`; of very many the closest, and what shows the rest."""
+    if len(allowed) > MAX_CHOICES:
         close = near(word, allowed)
         return (f"did you mean {close}? " if close else "") + f"`qwenspec list {file}` shows all {len(allowed)}"
     meant = nearest(word, allowed)
