@@ -77,6 +77,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
+def near(word: str, allowed: Iterable[str], count: int = 3) -> str:
+    """`a`, `b` or `c`: the few allowed spellings that are closest to `word`, empty when nothing is close."""
+    import difflib
+
+    folded = {name.lower(): name for name in islice(allowed, 500)}
+    close = difflib.get_close_matches(word.lower()[:80], folded, n=count, cutoff=0.6)
+    return listed(folded[name] for name in close) if close else ""
+
+
 def listed(words: Iterable[str], last: str = "or") -> str:
     """`a`, `b` or `c`."""
     *head, tail = [f"`{word}`" for word in words] or ["nothing"]

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest, printable
 from qwenspec.tree import Document, Entry, Mapping, Node, Scalar, Sequence, written
 
 MAX_BYTES = 1 << 20
@@ -37,6 +37,7 @@ def read(path: str | Path, wanted_by: Location | None = None, limit: int = MAX_B
     """The text of a UTF-8 file of at most `limit` bytes, without its byte order mark."""
     name = str(path)
     whole = wanted_by or Location(name, 0, 0)
+    refuse_unprintable(name, whole)
     try:
         # Not blocking: opening a pipe that nobody writes to would wait for ever.
         with os.fdopen(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
@@ -63,6 +64,13 @@ def read(path: str | Path, wanted_by: Location | None = None, limit: int = MAX_B
             hint += "; it looks like UTF-16"
         byte = f"byte 0x{data[error.start]:02x}"
         _fail("not-utf-8", f"{byte} is not valid UTF-8 here", Location(name, line, column), hint)
+
+
+def refuse_unprintable(path: str, place: Location) -> None:
+    """A spec's path becomes part of the packages: it has to be text that can be read there."""
+    if printable(path) != path:
+        message = f"the path `{path}` has characters that cannot be printed"
+        _fail("unprintable-path", message, place, "rename the file or its folder")
 
 
 def _similar_file(path: Path) -> str:

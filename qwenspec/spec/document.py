@@ -74,7 +74,7 @@ def module_name(variant: str) -> str:
 
 
 class Spec(Model):
-    """One variant, complete. Equality and `sha256` ignore where it came from."""
+    """One variant, complete. `sha256` ignores where it came from."""
 
     schema_version: Literal[1] = 1
     family: str
