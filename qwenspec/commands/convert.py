@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -110,8 +109,9 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
     name = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), name)
-    quiet = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not console.wipeable(sys.stderr)
+    ) as bar:
         task = bar.add_task("", total=None)
         yield lambda tensor, done, total: bar.update(task, description=tensor, completed=done, total=total)
 
