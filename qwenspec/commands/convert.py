@@ -52,6 +52,8 @@ def run(checkpoint: Path, spec: str | None, options: Options, out: Path, shard_b
         console.show_json(report.to_data())
     else:
         console.show(_table(report))
+    for name in report.left_out:
+        console.note(f"note: {name} links to a file outside the checkpoint, and is not copied")
     console.note(f"wrote {out}")
 
 
