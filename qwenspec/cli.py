@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import qwenspec
-from qwenspec.commands import console
+from qwenspec.commands import console, interrupt
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 
@@ -19,8 +21,8 @@ app = typer.Typer(
     name="qwenspec",
     help="A compiler from YAML specs of Qwen variants to standalone implementations.",
     epilog="SPEC is file.yaml, file.yaml#variant, a checkpoint folder, or a name that `qwenspec list` shows. "
-    "Exit codes: 0 done, 1 a check said no, 2 bad usage, spec or checkpoint, 3 a backend is not installed, "
-    "70 a bug in qwenspec, 130 interrupted.",
+    "Exit codes: 0 done, 1 a check said no, 2 bad usage, spec or checkpoint, no memory or no room, 3 a backend is not "
+    "installed, 70 a bug in qwenspec, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,  # rich doubles the time to start
     pretty_exceptions_enable=False,
@@ -53,7 +55,9 @@ class Head(StrEnum):
 
 def main() -> None:
     """The entry point of the `qwenspec` command."""
-    app(prog_name="qwenspec")
+    interrupt.obey()
+    console.prepare()
+    sys.exit(console.outcome(functools.partial(app, prog_name="qwenspec")))
 
 
 def _version(asked: bool) -> None:

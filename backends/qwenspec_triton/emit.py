@@ -18,7 +18,7 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     runtime = ["cache", "graphs", "parallel", "weights"]
-    shared = ["checkpoint", "ranks", "sequences", "stored", "text"]
+    shared = ["checkpoint", "machine", "ranks", "sequences", "stored", "text"]
     if shape.head != "embedding":
         runtime.append("generate")
         shared.append("generation")

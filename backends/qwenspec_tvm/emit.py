@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out, shared = {"__init__"}, ["checkpoint", "ranks", "sequences", "stored", "text"]
+    left_out, shared = {"__init__"}, ["checkpoint", "machine", "ranks", "sequences", "stored", "text"]
     if shape.head != "embedding":
         shared.append("generation")
     else:

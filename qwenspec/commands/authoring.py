@@ -54,7 +54,7 @@ def schema(out: Path | None, check: bool) -> ExitCode:
     if check:
         return _compare(file, text)
     if out is None:
-        console.show(text.rstrip("\n"))
+        console.show_document(text)
     else:
         _write(out, text)
     return ExitCode.OK
@@ -89,7 +89,7 @@ def import_spec(
         shown: dict[str, Any] = {"spec": result.tree, "notes": result.notes}
         console.show_json(shown)
     elif out is None:
-        console.show(text.rstrip("\n"))
+        console.show_document(text)
     for remark in result.notes:
         console.note(f"note: {remark}")
 

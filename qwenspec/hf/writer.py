@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from qwenspec.spec.checkpoint import builtin_layouts
+from qwenspec.spec.document import Spec
+
 WIDTH = 110
 COLUMN = 44  # where comments begin
 
@@ -38,6 +41,22 @@ def write_spec(tree: dict[str, Any], notes: tuple[str, ...] = ()) -> str:
         if tree.get(key) is not None:
             lines += [*_block(key, tree[key], ""), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def spec_text(spec: Spec, notes: tuple[str, ...] = ()) -> str:
+    """The text of a spec file that has this variant alone and needs no other file."""
+    spec = with_layout(spec)
+    data = spec.model_dump(mode="json", by_alias=True, exclude={"variant", "layout"})
+    return write_spec(data | {"default_variant": spec.variant, "variants": {spec.variant: {}}}, notes)
+
+
+def with_layout(spec: Spec) -> Spec:
+    """The spec, with its checkpoint layout in it where that is a file of its own."""
+    checkpoint = spec.architecture.checkpoint
+    if not isinstance(checkpoint.layout, str) or checkpoint.layout in builtin_layouts():
+        return spec
+    own = checkpoint.model_copy(update={"layout": spec.layout})
+    return spec.model_copy(update={"architecture": spec.architecture.model_copy(update={"checkpoint": own})})
 
 
 def _block(key: str, value: Any, indent: str) -> Iterator[str]:

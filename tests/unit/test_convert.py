@@ -23,6 +23,7 @@ from qwenspec.hf.checkpoint import import_path, tensors_in
 from qwenspec.hf.tensors import expected
 from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache
+from qwenspec.spec.load import load
 from qwenspec.verify.checkpoint import StoredTensors
 from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.quantize import quantized
@@ -139,9 +140,62 @@ def test_small_files_go_along(source: Any, tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "quantization_report.json",
+        "spec.yaml",
         "tokenizer.json",
     }
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_spec_that_fits_is_written(source: Any, tmp_path: Path) -> None:
+    """In place of the old one, and with the names of a layout that was a file beside it."""
+    spec, folder = source()
+    (folder / "spec.yaml").write_text((tmp_path / "spec.yaml").read_text())
+    own = spec.model_copy(
+        update={
+            "architecture": spec.architecture.model_copy(
+                update={"checkpoint": spec.architecture.checkpoint.model_copy(update={"layout": "./names.yaml"})}
+            )
+        }
+    )
+    made = request((own, folder), tmp_path / "Tiny int4")
+    convert(made)
+    written = load(made.out / "spec.yaml")
+    assert (written.variant, written.family) == ("tiny-int4", spec.family)
+    assert written.quantization == made.quantization
+    assert written.layout == spec.layout
+    changed = {"architecture": spec.architecture}
+    assert written.architecture.model_copy(update={"checkpoint": spec.architecture.checkpoint}) == spec.architecture
+    assert expected(written.model_copy(update=changed))[0] == set(StoredTensors(made.out))
+
+
+def test_links_are_followed_within_the_checkpoint(source: Any, tmp_path: Path) -> None:
+    spec, folder = source()
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "merges.txt").symlink_to("tokenizer.json")
+    made = request((spec, folder), tmp_path / "out")
+    assert convert(made).left_out == ("notes.txt",)
+    written = files(made.out)
+    assert written["merges.txt"] == written["tokenizer.json"]
+    assert not {"notes.txt", "gone.txt"} & set(written)
+    assert b"root:x" not in b"".join(written.values())
+
+
+def test_the_cache_of_hugging_face_is_links(source: Any, tmp_path: Path) -> None:
+    """snapshots/REVISION/FILE leads to blobs/HASH."""
+    spec, folder = source()
+    cache = tmp_path / "models--Qwen--Tiny"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    blobs.mkdir(parents=True)
+    folder.rename(tmp_path / "moved")
+    for name in files(tmp_path / "moved"):
+        (tmp_path / "moved" / name).rename(blobs / name.replace("/", "-"))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name.replace("/", "-"))
+    made = request((spec, snapshot), tmp_path / "out")
+    assert convert(made).left_out == ()
+    assert {"tokenizer.json", "1_Pooling/config.json"} < set(files(made.out))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
