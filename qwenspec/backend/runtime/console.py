@@ -1,0 +1,50 @@
+"""How the command ends when something goes wrong that is not its own mistake."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from .ranks import tell
+
+INTERRUPTED = 130  # as a shell says it of SIGINT
+BROKEN_PIPE = 141  # of SIGPIPE
+
+
+def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
+    """Run, and return the exit code: 2 after trouble that is told in a sentence, such as one of `errors`."""
+    try:
+        run()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read has gone: nothing more may be written, at the interpreter's end neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if _out_of_memory(error):
+            tell("error: there is not enough memory; fewer or shorter prompts, or a smaller --max-tokens, need less")
+        elif isinstance(error, (*errors, ValueError, OSError)):
+            tell(f"error: {error}")
+        else:
+            raise
+    return 2
+
+
+def warn(tokens: int, limit: int) -> None:
+    if tokens > limit:
+        note(f"up to {tokens} tokens, and the model was made for {limit}")
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """PyTorch and TVM say it in words."""
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        words in said for words in ("out of memory", "bad_alloc", "can't allocate memory", "failed to allocate")
+    )
