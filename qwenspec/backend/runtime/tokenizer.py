@@ -21,6 +21,9 @@ PIECES = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+CONFIG = "tokenizer_config.json"
+BY_ID = "added_tokens_decoder"
+EXTRA = "extra_special_tokens"
 END = "<|endoftext|>"
 FLAGS = {"lstrip", "rstrip", "normalized", "single_word", "special"}
 
@@ -29,11 +32,7 @@ class JsonTokenizer:
     """Hugging Face's tokenizer. `special_tokens`: by name, as chat templates read them."""
 
     def __init__(self, folder: Path) -> None:
-        place, file = folder / "tokenizer_config.json", folder / "tokenizer.json"
-        config = _optional(place)
-        legacy = "added_tokens_decoder" not in config
-        if legacy:
-            config |= _optional(folder / "special_tokens_map.json")
+        config, file = _config(folder), folder / "tokenizer.json"
         stored = read_json(file) if file.exists() else {"model": _vocabulary(folder)}
         rebuilt = not file.exists() or _is_qwen2(folder, config, stored.get("model"))
         content = _qwen2(stored, bool(config.get("add_prefix_space"))) if rebuilt else stored
@@ -41,19 +40,18 @@ class JsonTokenizer:
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
         if rebuilt:
             config = {"unk_token": END, "eos_token": END, "pad_token": END} | config
-        named, extra = _special(config, place)
-        if legacy:
-            added = _from_files(folder, stored, {str(token) for token in (*named.values(), *extra)})
-        else:
-            added = _by_id(config["added_tokens_decoder"], place)
+        named, extra = _special(config, folder / CONFIG)
+        added = _added(folder, config, stored, named, extra)
         given = {str(token): token for token in added}
         named = {name: given.get(str(token), token) for name, token in named.items()}
         present = {str(token) for token in self._tokenizer.get_added_tokens_decoder().values()} | given.keys()
         special = [*named.values(), *extra]
+        self.special_tokens = {name: str(token) for name, token in named.items()}
+        for token in (*added, *special):
+            token.special = token.special or str(token) in self.special_tokens.values()
         self._tokenizer.add_tokens([*added, *(token for token in special if str(token) not in present)])
         if rebuilt:
             self._tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
-        self.special_tokens = {name: str(token) for name, token in named.items()}
         if not file.exists():
             self._add_ends(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
 
@@ -167,17 +165,31 @@ def _build(content: dict[str, Any], file: Path) -> Tokenizer:
         raise TextError(f"{file} is no tokenizer: {error}") from error
 
 
-def _by_id(listed: object, place: Path) -> list[AddedToken]:
-    """Tokens in the order of their ids, which is all that counts: they follow the vocabulary's."""
-    if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
-        raise TextError(f"{place}: added_tokens_decoder is no object of token ids")
-    return [_token(listed[key], place) for key in sorted(listed, key=int)]
+def _config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and what an older file says beside one that does not name tokens by id."""
+    config = _optional(folder / CONFIG)
+    if not config.get(EXTRA) and "additional_special_tokens" in config:  # its former name
+        config[EXTRA] = config.pop("additional_special_tokens")
+    return config if BY_ID in config else config | _optional(folder / "special_tokens_map.json")
 
 
-def _from_files(folder: Path, stored: dict[str, Any], special: set[str]) -> list[AddedToken]:
-    """The same of added_tokens.json and tokenizer.json. `special`: texts of special tokens."""
-    file = folder / "added_tokens.json"
+def _added(
+    folder: Path,
+    config: dict[str, Any],
+    stored: dict[str, Any],
+    named: dict[str, AddedToken],
+    extra: list[AddedToken],
+) -> list[AddedToken]:
+    """Tokens beside the vocabulary's, in the order of their ids, which is all that counts: they follow its last."""
+    if BY_ID in config:
+        listed = config[BY_ID]
+        if not isinstance(listed, dict) or not all(key.isdecimal() for key in listed):
+            raise TextError(f"{folder / CONFIG}: {BY_ID} is no object of token ids")
+        return [_token(listed[key], folder / CONFIG) for key in sorted(listed, key=int)]
+    special = {str(named[name]) for name in NAMES if name in named}
+    special |= {str(token) for token in extra if config.get(EXTRA)}
     found = {}
+    file = folder / "added_tokens.json"
     for text, index in _optional(file).items():
         if type(index) is not int:
             raise TextError(f"{file}: the id of {text!r} is no integer")
@@ -192,7 +204,7 @@ def _from_files(folder: Path, stored: dict[str, Any], special: set[str]) -> list
 
 def _special(config: dict[str, Any], place: Path) -> tuple[dict[str, AddedToken], list[AddedToken]]:
     """Special tokens that have a name, and those that have none."""
-    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    extra = config.get(EXTRA) or config.get("additional_special_tokens") or []
     named = {name: config.get(name) for name in NAMES}
     named |= {
         name: value
