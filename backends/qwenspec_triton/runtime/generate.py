@@ -83,6 +83,15 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
     """logits [b, vocab] float32 -> token ids [b]."""
     if sampling.greedy:
         return logits.argmax(-1)
+    logits = warp(logits, sampling)
+    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
+    noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, then top-p, as Hugging Face does: logits [b, vocab] -> [b, vocab], -inf for what is
+    dropped."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
@@ -92,6 +101,4 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
-    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
-    noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
-    return (logits.softmax(-1) / noise).argmax(-1)
+    return logits

@@ -82,6 +82,15 @@ def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.rando
     """logits [b, vocab] float32 -> token ids [b]."""
     if sampling.greedy:
         return logits.argmax(-1)
+    logits = warp(logits, sampling)
+    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
+    noise = np.stack([generator.standard_exponential(logits.shape[-1], np.float32) for generator in generators])
+    return (softmax(logits) / noise).argmax(-1)
+
+
+def warp(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Temperature, then top-k, then top-p, as Hugging Face does: logits [b, vocab] -> [b, vocab], -inf for what is
+    dropped."""
     logits = logits / np.float32(sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = np.partition(logits, -sampling.top_k)[:, -sampling.top_k, None]
@@ -93,9 +102,7 @@ def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.rando
         dropped = np.zeros_like(before, dtype=bool)
         np.put_along_axis(dropped, order, before >= sampling.top_p, -1)
         logits = np.where(dropped, -np.inf, logits)
-    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
-    noise = np.stack([generator.standard_exponential(logits.shape[-1], np.float32) for generator in generators])
-    return (softmax(logits) / noise).argmax(-1)
+    return logits
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
