@@ -308,16 +308,29 @@ def plan(
 @guarded
 def run(
     spec: Spec,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch.")],
     weights: Weights = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch; -: standard input.")
+    ] = None,
     variant: Variant = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are messages to the chat template; without one, a line is a turn.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system's message, with --chat.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="What the chat template is told, if anything.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 128.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Default: 0, which is greedy.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy. Default: generation_config.json's, else 0.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest, up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TOKEN", help="Stop at this token too.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; again for more.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens, why they ended, and how fast they came.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Dtype = None,
     backend: Backend = "triton",
@@ -340,7 +353,11 @@ def run(
         "dtype": dtype,
         "prompt": prompt,
         "stop": stop,
+        "system": system,
         "chat": chat,
+        "thinking": thinking is True,
+        "no-thinking": thinking is False,
+        "stats": stats,
         "json": as_json,
     }
     arguments = execute.arguments(options)
