@@ -26,6 +26,8 @@ def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
     except Exception as error:
         if _out_of_memory(error):
             tell("error: there is not enough memory; fewer or shorter prompts, or a smaller --max-tokens, need less")
+        elif isinstance(error, OSError) and error.filename:
+            tell(f"error: {error.filename}: {error.strerror}")
         elif isinstance(error, (*errors, ValueError, OSError)):
             tell(f"error: {error}")
         else:
