@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import qwenspec
-from qwenspec.commands import console
+from qwenspec.commands import console, interrupt
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 
@@ -19,8 +21,8 @@ app = typer.Typer(
     name="qwenspec",
     help="A compiler from YAML specs of Qwen variants to standalone implementations.",
     epilog="SPEC is file.yaml, file.yaml#variant, a checkpoint folder, or a name that `qwenspec list` shows. "
-    "Exit codes: 0 done, 1 a check said no, 2 bad usage, spec or checkpoint, 3 a backend is not installed, "
-    "70 a bug in qwenspec, 130 interrupted.",
+    "Exit codes: 0 done, 1 a check said no, 2 bad usage, spec or checkpoint, no memory or no room, 3 a backend is not "
+    "installed, 70 a bug in qwenspec, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,  # rich doubles the time to start
     pretty_exceptions_enable=False,
@@ -53,7 +55,9 @@ class Head(StrEnum):
 
 def main() -> None:
     """The entry point of the `qwenspec` command."""
-    app(prog_name="qwenspec")
+    interrupt.obey()
+    console.prepare()
+    sys.exit(console.outcome(functools.partial(app, prog_name="qwenspec")))
 
 
 def _version(asked: bool) -> None:
@@ -199,13 +203,16 @@ def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json, or a checkpoint folder.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="SPEC", help="Default: stdout.")] = None,
     name: Annotated[str | None, typer.Option(help="The variant's name. Default: the folder's.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that nobody needs, such as `*.inv_freq`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite SPEC.")] = False,
     as_json: Json = False,
 ) -> None:
     """The spec of a Hugging Face config. A key that nobody reads is an error."""
     from qwenspec.commands import authoring
 
-    authoring.import_spec(config, name, out, force, as_json)
+    authoring.import_spec(config, name, ignore or [], out, force, as_json)
 
 
 @app.command()
@@ -307,16 +314,29 @@ def plan(
 @guarded
 def run(
     spec: Spec,
-    prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch.")],
     weights: Weights = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch; -: standard input.")
+    ] = None,
     variant: Variant = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to the chat template.")] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Prompts are messages to the chat template; without one, a line is a turn.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="The system's message, with --chat.")] = None,
+    thinking: Annotated[
+        bool | None, typer.Option("--thinking/--no-thinking", help="What the chat template is told, if anything.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 128.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Default: 0, which is greedy.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy. Default: generation_config.json's, else 0.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(callback=_share, help="Only the likeliest, up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(metavar="TOKEN", help="Stop at this token too.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text; again for more.")
+    ] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Tokens, why they ended, and how fast they came.")] = False,
     device: Annotated[str | None, typer.Option(help="Default: a GPU if there is one.")] = None,
     dtype: Dtype = None,
     backend: Backend = "triton",
@@ -339,7 +359,11 @@ def run(
         "dtype": dtype,
         "prompt": prompt,
         "stop": stop,
+        "system": system,
         "chat": chat,
+        "thinking": thinking is True,
+        "no-thinking": thinking is False,
+        "stats": stats,
         "json": as_json,
     }
     arguments = execute.arguments(options)

@@ -53,6 +53,7 @@ def resolve(name: str, wanted_by: Location | None = None) -> str:
     """
     if name.startswith(PREFIX):
         return _bundled(name.removeprefix(PREFIX), wanted_by)
+    source.refuse_unprintable(name, wanted_by or Location(name, 0, 0))
     file, mark, variant = name.rpartition("#") if "#" in name else (name, "", "")
     if os.path.lexists(name) or os.path.lexists(file):
         return name

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.source import parse_file
 from qwenspec.spec.checkpoint import builtin_layouts
-from qwenspec.spec.document import Spec
+from qwenspec.spec.document import Spec, names_a_variant
 from qwenspec.spec.explain import Finding, explain
 from qwenspec.spec.layout import layout_node
 from qwenspec.spec.rules import RULES
@@ -39,7 +39,8 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
 def check(merged: Mapping, variant: str, family: str, description: str, file: str) -> tuple[Spec | None, list[Finding]]:
     """The spec, or None and the findings. Cross-field rules are applied to whatever part of it is valid."""
     root, findings, broken = _with_layout(merged)
-    data = plain(root) | {"variant": variant, "family": family, "description": description, "file": file}
+    name = variant if names_a_variant(variant) else "unnamed"  # what is wrong with a name is told by its file
+    data = plain(root) | {"variant": name, "family": family, "description": description, "file": file}
     data.setdefault("layout", _stand_in_layout())
     try:
         spec = Spec.model_validate(data)

@@ -55,10 +55,14 @@ class Layout(Model):
 
 
 class Checkpoint(Model):
-    """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself, which may extend one."""
+    """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself, which may extend one;
+    `ignore` adds to its own."""
 
     layout: str | Layout = Field(
         description="A built-in layout's name (qwen1, qwen2, qwen3_embedding), a YAML file, or the names themselves."
+    )
+    ignore: tuple[Name, ...] = Field(
+        default=(), description="Patterns (fnmatch) of further tensors that this checkpoint holds and nobody reads."
     )
 
 

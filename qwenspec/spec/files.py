@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import keyword
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,7 @@ from qwenspec import source, tree
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, near, nearest
 from qwenspec.spec import bundled
 from qwenspec.spec.architecture import Architecture
-from qwenspec.spec.document import BESIDE, Document, Variant
+from qwenspec.spec.document import BESIDE, Document, Variant, module_name, names_a_variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
@@ -24,7 +22,6 @@ from qwenspec.tree import Entry, Mapping, Scalar, place, plain
 
 MAX_EXTENDS = 32
 MAX_CHOICES = 8  # variants that a hint lists
-VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 _OWN_KEYS = tuple(Variant.model_fields)
 
 
@@ -77,6 +74,7 @@ class Files:
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
+        source.refuse_unprintable(name, wanted_by or Location(name, 0, 0))
         path = os.path.realpath(bundled.path_of(name))
         if path not in self._files:
             document = source.parse(source.read(bundled.path_of(name), wanted_by), name)
@@ -230,10 +228,10 @@ def _bad_names(file: SpecFile) -> Iterator[Diagnostic]:
     """A variant's name becomes a file's and a Python package's."""
     taken: dict[str, str] = {}
     for name, entry in file.variants().items():
-        module = re.sub(r"[-.]", "_", name).lower()
+        module = module_name(name)
         if not name:
             continue  # a missing family, reported as such
-        if not re.fullmatch(VARIANT_NAME, name) or len(name) > 100 or keyword.iskeyword(module):
+        if not names_a_variant(name):
             message = f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
             hint = "begin with a letter and use letters, digits, `-`, `_` and `.`"
             yield Diagnostic("variant-name", message, entry.key, hint)
