@@ -66,6 +66,12 @@ def _version(asked: bool) -> None:
         raise typer.Exit()
 
 
+def _share(value: float | None) -> float | None:
+    if value is not None and not 0 < value <= 1:
+        raise typer.BadParameter(f"{value:g} is not above 0 and at most 1.")
+    return value
+
+
 def _backends(incomplete: str) -> list[str]:
     from qwenspec.backend.registry import installed
 
@@ -274,14 +280,14 @@ def show(
 @guarded
 def diff(a: Annotated[str, _spec("A")], b: Annotated[str, _spec("B")], as_json: Json = False) -> None:
     """What changes from one model to another."""
-    from qwenspec.commands import describe
+    from qwenspec.commands import compare
     from qwenspec.commands.specs import pick
 
     before, after = pick(a), pick(b)
     if as_json:
-        console.show_json(describe.differences(before, after))
+        console.show_json(compare.differences(before, after))
     else:
-        console.show(describe.differences_text(before, after))
+        console.show(compare.differences_text(before, after))
 
 
 @app.command()
@@ -325,7 +331,7 @@ def run(
         float | None, typer.Option(min=0, help="0 is greedy. Default: generation_config.json's, else 0.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=0, help="Only the k likeliest tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Only the likeliest, up to p.")] = None,
+    top_p: Annotated[float | None, typer.Option(callback=_share, help="Only the likeliest, up to p.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the random numbers.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End before this text; again for more.")

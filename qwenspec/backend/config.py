@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import fields
 from typing import NamedTuple
 
@@ -36,7 +37,7 @@ def config_fields(model: Model, windows: str) -> list[Field]:
     elif windows == "mixed":
         spans = tuple(layer.mixer.window for layer in model.layers)
         comment = "keys a query sees, itself included; None: all"
-        found.append(Field("layer_windows", "tuple[int | None, ...]", repr(spans), comment))
+        found.append(Field("layer_windows", "tuple[int | None, ...]", _tuple(spans), comment))
     if attention.logn is not None:
         found.append(_field("logn_train_length", attention.logn.train_length))
     return found + _rope_fields(model) + _quantization_fields(model)
@@ -65,6 +66,31 @@ def _quantization_fields(model: Model) -> list[Field]:
 def _field(name: str, value: object, comment: str = "") -> Field:
     kind = "tuple[float, ...]" if isinstance(value, tuple) else type(value).__name__
     return Field(name, kind, repr(value).replace("'", '"'), comment)
+
+
+def _tuple(values: tuple[int | None, ...]) -> str:
+    """The shortest expression for the tuple: a pattern that repeats, runs, or every value in turn."""
+    count = len(values)
+    patterns = (values[:size] for size in range(1, count) if count % size == 0)
+    repeats = [
+        f"{pattern} * {count // len(pattern)}" for pattern in patterns if pattern * (count // len(pattern)) == values
+    ]
+    return min(repr(values), _runs(values), *repeats, key=len)
+
+
+def _runs(values: tuple[int | None, ...]) -> str:
+    """`(None,) * 28 + (4096,) * 4`; what differs from its neighbours stays in one tuple."""
+    terms: list[str] = []
+    apart: list[int | None] = []
+    for value, group in itertools.groupby(values):
+        length = len(list(group))
+        if length == 1:
+            apart.append(value)
+            continue
+        terms += [repr(tuple(apart))] if apart else []
+        terms.append(f"({value},) * {length}")
+        apart = []
+    return " + ".join(terms + ([repr(tuple(apart))] if apart else []))
 
 
 def _is_default_scale(model: Model) -> bool:

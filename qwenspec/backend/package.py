@@ -87,7 +87,9 @@ def attention_title(model: Model) -> str:
     features = ["per-head QK-norm"] if attention.q_norm else []
     features += ["LogN scaling"] if attention.logn else []
     features += ["a sliding window"] if any(layer.mixer.window for layer in model.layers) else []
-    return f"{kind} attention over a paged cache" + (f", with {' and '.join(features)}" if features else "")
+    *first, last = features or [""]
+    listed = f"{', '.join(first)} and {last}" if first else last
+    return f"{kind} attention over a paged cache" + (f", with {listed}" if listed else "")
 
 
 def linear_blocks(model: Model) -> dict[str, list[tuple[str, bool]]]:

@@ -64,7 +64,7 @@ def _backend_of(package: Path) -> str:
     try:
         return str(json.loads(manifest.read_text(encoding="utf-8"))["backend"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = f"{manifest} is missing" if isinstance(error, FileNotFoundError) else f"{manifest} cannot be read"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be read"
         problem = Diagnostic(
             "not-a-package",
             f"{package} is not a package that qwenspec wrote: {manifest} {reason}",

@@ -1,4 +1,4 @@
-"""`show`, `diff` and `plan`: facts of a model as data, and the text that shows them."""
+"""`show` and `plan`: facts of a model as data, and the text that shows them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from qwenspec.ir import cost, shard
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import EmbeddingHead, Model
 from qwenspec.ir.render import describe, render, spans
-from qwenspec.ir.render import diff as ir_diff
-from qwenspec.spec.document import BESIDE, Spec
+from qwenspec.spec.document import Spec
 
 Data = dict[str, Any]
 ROUNDING = {"activation": "cos and sin rounded to the model's dtype", "float32": "rotated in float32"}
@@ -28,7 +27,7 @@ def show(spec: Spec, context: int | None = None) -> Data:
     model = lower(spec)
     first, mlp, head = model.layers[0].mixer, model.layers[0].feed_forward, model.head
     architecture = spec.architecture
-    context = context or min(USUAL_CONTEXT, model.max_position_embeddings)
+    context = _context(model, context)
     return {
         "variant": model.name,
         "family": model.family,
@@ -64,6 +63,15 @@ def show(spec: Spec, context: int | None = None) -> Data:
         "kv_bytes_per_token": cost.kv_bytes_per_token(model),
         "flops_per_token": {"context": context, "flops": cost.flops_per_token(model, context)},
     }
+
+
+def _context(model: Model, asked: int | None) -> int:
+    """Tokens of a sequence: as many as are asked for, if the model has so many positions."""
+    context = asked or min(USUAL_CONTEXT, model.max_position_embeddings)
+    if context > model.max_position_embeddings:
+        message = f"{model.name} has {model.max_position_embeddings:,} positions, not {context:,}"
+        raise SpecError([Diagnostic("context-too-long", message, hint="lower --context, or scale RoPE")])
+    return context
 
 
 def _windows(model: Model) -> list[Data]:
@@ -154,55 +162,13 @@ def program_text(spec: Spec) -> str:
     return render(lower(spec)).rstrip()
 
 
-# ------------------------------------------------------------------------------------------------------- diff
-
-
-def differences(a: Spec, b: Spec) -> Data:
-    """Every address at which two models differ -> what is there in each; null where one has nothing."""
-    before, after = _facts(a), _facts(b)
-    changed = [address for address in before | after if before.get(address) != after.get(address)]
-    return {
-        "a": a.variant,
-        "b": b.variant,
-        "differences": {address: [before.get(address), after.get(address)] for address in changed},
-    }
-
-
-def differences_text(a: Spec, b: Spec) -> str:
-    changes = ir_diff(lower(a), lower(b)).rstrip()
-    for key in BESIDE:
-        before, after = _beside(a, key), _beside(b, key)
-        if before != after:
-            changes += "\n" * bool(changes) + f"{key}\n      - {before}\n      + {after}"
-    return changes or f"{a.variant} and {b.variant} compute the same function"
-
-
-def _facts(spec: Spec) -> dict[str, str]:
-    sections = describe(lower(spec))
-    scoped = ("model", "rope")  # whose rows are no addresses
-    facts = {
-        f"{title}.{name}" if title in scoped else name: text
-        for title, rows in sections.items()
-        for name, text in rows.items()
-    }
-    return facts | {key: _beside(spec, key) for key in BESIDE}
-
-
-def _beside(spec: Spec, key: str) -> str:
-    value = getattr(spec, key)
-    return value.model_dump_json() if value else "none"
-
-
 # ------------------------------------------------------------------------------------------------------- plan
 
 
 def plan(spec: Spec, degree: int, context: int | None, batch: int) -> Data:
     """What each rank holds and how many bytes it needs. Raises SpecError when the degree is illegal."""
     model = lower(spec)
-    context = context or min(USUAL_CONTEXT, model.max_position_embeddings)
-    if context > model.max_position_embeddings:
-        message = f"{model.name} has {model.max_position_embeddings:,} positions, not {context:,}"
-        raise SpecError([Diagnostic("context-too-long", message, hint="lower --context, or scale RoPE")])
+    context = _context(model, context)
     split = shard.plan(model, degree)
     memory = cost.memory(model, split, context, batch)
     return {

@@ -71,7 +71,9 @@ def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str,
 
     vocabulary = spec.architecture.vocab_size
     if outside := [i for i in ids if not 0 <= i < vocabulary]:
-        raise _bad_ids(f"token id {outside[0]} is outside the vocabulary of {vocabulary:,}")
+        raise _bad_ids(
+            f"token id {outside[0]} is outside the vocabulary of {vocabulary:,}", f"ids are 0 to {vocabulary - 1:,}"
+        )
     with _package(spec, backend, device) as package:
         runner = open_runner(package, weights, device, dtype)
         cache = runner.create_paged_kv_cache(1, len(ids), len(ids))
@@ -86,7 +88,7 @@ def token_ids(text: str) -> list[int]:
     """`1,2,3` as integers."""
     words = text.replace(",", " ").split()
     if not words or not all(word.isdecimal() for word in words):
-        raise _bad_ids(f"`{text}` is not a list of token ids")
+        raise _bad_ids(f"`{text}` is not a list of token ids", "write them like 1,2,3")
     return [int(word) for word in words]
 
 
@@ -168,8 +170,8 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _bad_ids(message: str) -> SpecError:
-    return SpecError([Diagnostic("bad-token-id", message, hint="write them like 1,2,3")])
+def _bad_ids(message: str, hint: str) -> SpecError:
+    return SpecError([Diagnostic("bad-token-id", message, hint=hint)])
 
 
 def _missing(problem: str, extra: str) -> SpecError:

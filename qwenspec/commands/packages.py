@@ -122,9 +122,8 @@ def written_text(written: list[dict[str, object]]) -> str:
     for package in written:
         files = package["lines"]
         assert isinstance(files, dict)
-        width = max(map(len, files))
         lines.append(f"{package['package']}  ({package['variant']}, {package['backend']})")
-        lines += [f"  {name:{width}}  {count:5} lines" for name, count in files.items()]
+        lines.append(f"  {console.counted(len(files), 'file')}, {sum(files.values()):,} lines")
     return "\n".join(lines)
 
 

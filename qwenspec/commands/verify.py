@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -42,7 +43,7 @@ def run(spec: str, page: Path | None, as_json: bool, **options: Any) -> ExitCode
         device=options["device"] or "cpu",
         failures=options["failures"],
     )
-    with _bar(request.resolved_examples) as progress:
+    with _no_hypothesis_folder(), _bar(request.resolved_examples) as progress:
         result = verify(request, progress)
     if page is not None:  # before anything else can fail
         write_whole(page, report.page(result))
@@ -73,6 +74,19 @@ def _require_libraries() -> None:
         message = f"`qwenspec verify` needs {listed(missing, 'and')}, which cannot be imported"
         hint = "pip install 'qwenspec[verify]'"
         raise SpecError([Diagnostic("library-missing", message, hint=hint)], ExitCode.BACKEND_MISSING)
+
+
+@contextmanager
+def _no_hypothesis_folder() -> Iterator[None]:
+    """Hypothesis keeps tables in a folder `.hypothesis` of the current one; here in one that is gone afterwards."""
+    from hypothesis.configuration import set_hypothesis_home_dir
+
+    with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
+        set_hypothesis_home_dir(folder)
+        try:
+            yield
+        finally:
+            set_hypothesis_home_dir(None)
 
 
 def _painted(text: str) -> str:

@@ -36,6 +36,7 @@ def broken(tmp_path: Path) -> Path:
 def test_version_and_help() -> None:
     assert call("--version").stdout == f"qwenspec {qwenspec.__version__}\n"
     top = call("--help").stdout
+    assert "130 interrupted" in " ".join(top.split())
     commands = re.findall(r"^  (\w+) {2,}\w", top.split("Commands:")[1], re.M)
     expected = "gen backends validate schema import convert list show diff plan run logits verify"
     assert commands == expected.split()
@@ -45,7 +46,17 @@ def test_version_and_help() -> None:
         assert "Usage: qwenspec" in shown.stdout
 
 
-@pytest.mark.parametrize("arguments", [["gne"], ["show"], ["show", QWEN3, "--jsno"], ["plan", QWEN3, "--tp", "two"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["gne"],
+        ["show"],
+        ["show", QWEN3, "--jsno"],
+        ["plan", QWEN3, "--tp", "two"],
+        ["run", QWEN3, "-p", "x", "--top-p", "0"],
+        ["run", QWEN3, "-p", "x", "--top-p", "nan"],
+    ],
+)
 def test_bad_usage_exits_2_and_leaves_stdout_alone(arguments: list[str]) -> None:
     result = call(*arguments)
     assert (result.exit_code, result.stdout) == (2, "")
@@ -62,7 +73,9 @@ def test_gen_writes_a_package_and_check_compares_it(backend: str, spec: Path, tm
     package = out / f"tiny_{backend}"
     assert written.exit_code == 0
     assert written.stdout.startswith(f"{package}  (tiny, {backend})\n")
-    assert all(file.name in written.stdout for file in package.rglob("*.py"))
+    files = [*package.rglob("*.py"), package / "MANIFEST.json"]
+    lines = sum(len(file.read_text().splitlines()) for file in files)
+    assert written.stdout.endswith(f"\n  {len(files)} files, {lines:,} lines\n")
 
     same = call("gen", spec, "--backend", backend, "--out", out, "--check")
     assert (same.exit_code, same.stdout, same.stderr) == (0, "", "1 package up to date\n")
@@ -275,9 +288,30 @@ def test_diff_tells_what_changes(spec: Path) -> None:
     assert "tied to embed_tokens.weight" in text
     changes = data(call("diff", spec, f"{spec}#tiny-int8", "--json"))
     matrices = {f"layers.{i}.{name}.weight" for i in range(2) for name in LINEARS} | {"lm_head.weight"}
-    assert changes["differences"].keys() == matrices | {"quantization"}
+    differences = {entry["path"]: (entry["a"], entry["b"]) for entry in changes["differences"]}
+    assert differences.keys() == {f"{matrix}.sources" for matrix in matrices} | {"quantization"}
+    assert differences["quantization"] == (None, {"scheme": "int8", "skip": [], "head": "int8"})
+    before, after = differences["lm_head.weight.sources"]
+    assert before == [{"kind": "Source", "tensor": "lm_head.weight", "rows": 40, "format": None}]
+    assert after[0]["format"]["packing"] == "int8"
     assert "int8" in call("diff", spec, f"{spec}#tiny-int8").stdout
     assert call("diff", spec, spec).stdout == "tiny and tiny compute the same function\n"
+    assert data(call("diff", spec, spec, "--json"))["differences"] == []
+
+
+def test_differences_are_values_and_absence_is_no_value(spec: Path, tmp_path: Path) -> None:
+    windowed = tmp_path / "windowed.yaml"
+    text = TINY.replace("num_hidden_layers: 2", "num_hidden_layers: 3").replace("theta: 10000.0", "theta: 20000.0")
+    windowed.write_text(text.replace("per_head}", "none, sliding_window: {window: 8, layers: {from: 1}}}"))
+    found = data(call("diff", spec, windowed, "--json"))["differences"]
+    differences = {entry.pop("path"): entry for entry in found}
+    assert differences["rope.theta"] == {"a": 10000.0, "b": 20000.0}
+    assert differences["layers.1.attention.window"] == {"a": None, "b": 8}
+    assert differences["layers.2.attention.window"] == {"b": 8}
+    assert differences["layers.0.attention.q_norm.eps"] == {"a": 1e-6}
+    assert differences["num_layers"] == {"a": 2, "b": 3}
+    assert "layers.0.attention.window" not in differences
+    assert not any(path.startswith(("spec", "name", "family")) for path in differences)
 
 
 def test_plan_shows_a_rank() -> None:
@@ -295,7 +329,10 @@ def test_plan_says_why_a_degree_is_illegal() -> None:
     assert (result.exit_code, result.stdout) == (2, "")
     assert "32 query heads cannot be shared evenly by 3 ranks" in result.stderr
     assert "degrees that work: 1, 2, 4, 8, 16, 32" in result.stderr
-    assert "error[context-too-long]" in call("plan", QWEN3, "--context", "50000").stderr
+    for command in ("plan", "show"):
+        longer = call(command, QWEN3, "--context", "50000")
+        assert (longer.exit_code, longer.stdout) == (2, "")
+        assert "error[context-too-long]: qwen3-0.6b has 40,960 positions, not 50,000" in longer.stderr
 
 
 def test_the_usual_context_is_no_longer_than_the_model(spec: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_python_examples_run(page: Path, checkout: Path, monkeypatch: pytest.Mon
     for block in blocks(page, "python"):
         if not block.startswith(("import", "from")):
             continue
-        code = block.replace("specs/qwen3.yaml", "examples/tiny-qwen3/spec.yaml").replace("qwen3-0.6b", "tiny-qwen3")
+        code = block.replace('load("qwen3-0.6b")', 'load("examples/tiny-qwen3/spec.yaml")')
+        code = code.replace("specs/qwen3.yaml", "examples/tiny-qwen3/spec.yaml").replace("qwen3-0.6b", "tiny-qwen3")
         code = code.replace('weights="DIR"', 'weights="examples/tiny-qwen3"')
         for backend in ("triton", "tvm"):
             gen = ["gen", "examples/tiny-qwen3/spec.yaml", "--backend", backend, "--out", "."]
@@ -82,15 +84,24 @@ def test_python_examples_run(page: Path, checkout: Path, monkeypatch: pytest.Mon
 
 
 def test_excerpts_are_in_the_files() -> None:
-    excerpts = re.findall(r"^From `([^`]+)`:\n\n```\w+\n(.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S)
-    assert len(excerpts) == 3
+    pages = "\n".join((ROOT / page).read_text() for page in ("README.md", "docs/spec.md"))
+    excerpts = re.findall(r"^From `([^`]+)`:\n\n```\w+\n(.*?)^```$", pages, re.M | re.S)
+    assert len(excerpts) == 4
     for name, excerpt in excerpts:
         lines = (re.sub(r" +#.*", "", line).rstrip() for line in (ROOT / name).read_text().splitlines())
         for line in filter(None, map(str.rstrip, excerpt.splitlines())):
+            line = re.sub(r" +#.*", "", line)
             assert line in lines, f"{name} does not hold, or not in this order: {line!r}"
+
+
+def test_what_is_installed_exists() -> None:
+    """The README's pip lines, which need a network to run, name extras that there are."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = re.findall(r"'\.\[(\w+)\]'", (ROOT / "README.md").read_text())
+    assert {"run", "triton", "tvm"} <= set(named) <= extras.keys()
 
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"

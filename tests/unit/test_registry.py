@@ -68,8 +68,10 @@ def test_backends_are_listed_by_name(entry_points) -> None:
 def test_a_folder_that_is_no_package(tmp_path: Path, manifest: str | None, reason: str) -> None:
     if manifest is not None:
         (tmp_path / registry.MANIFEST).write_text(manifest)
-    with pytest.raises(SpecError, match=reason):
+    with pytest.raises(SpecError) as caught:
         registry.open_runner(tmp_path, tmp_path)
+    (told,) = caught.value.diagnostics
+    assert told.message == f"{tmp_path} is not a package that qwenspec wrote: {tmp_path / registry.MANIFEST} {reason}"
 
 
 def test_weights_have_to_be_a_folder(tmp_path: Path) -> None:

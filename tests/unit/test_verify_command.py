@@ -11,7 +11,7 @@ from cli_runs import ROOT, TINY, call, data
 
 from qwenspec.backend.emit import emit
 from qwenspec.commands import verify as command
-from qwenspec.diagnostics import SpecError
+from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load, load_all
@@ -229,6 +229,23 @@ def test_a_checkpoint_that_does_not_fit(spec: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert f"{EXAMPLE} does not fit tiny: model.embed_tokens.weight is [384, 256], not [40, 32]" in result.stderr
     assert call("verify", spec, "--weights", tmp_path).exit_code == 2
+
+
+def test_hypothesis_leaves_nothing_in_the_current_folder(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever it keeps of its own while it draws."""
+    from hypothesis.configuration import storage_directory
+
+    def verify(*_: object) -> None:
+        folders.append(storage_directory("constants").path)
+        raise SpecError([Diagnostic("stop", "here")])
+
+    folders: list[Path] = []
+    monkeypatch.setattr("qwenspec.verify.verification.verify", verify)
+    assert call("verify", spec).exit_code == 2
+    (folder,) = folders
+    assert not folder.is_relative_to(Path.cwd())
+    assert not folder.parent.exists()
+    assert storage_directory("constants").path.is_relative_to(Path.cwd())
 
 
 def test_a_report_needs_a_folder(spec: Path, tmp_path: Path) -> None:
