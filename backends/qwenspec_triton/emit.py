@@ -18,7 +18,7 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     runtime = ["cache", "graphs", "parallel", "weights"]
-    shared = ["checkpoint", "ranks", "sequences", "stored", "text"]
+    shared = ["checkpoint", "checks", "ranks", "sequences", "stored", "text"]
     if shape.head != "embedding":
         runtime.append("generate")
         shared.append("generation")
@@ -34,7 +34,7 @@ def emit(model: Model) -> dict[str, str]:
         ),
         **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),
         **_kernels(shape, linears["plain_product"]),
-        **common(shape, *shared),
+        **common(shape, *shared, GPU_TENSORS=True),
         **manifest(model),
     }
 

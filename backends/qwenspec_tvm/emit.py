@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out, shared = {"__init__"}, ["checkpoint", "ranks", "sequences", "stored", "text"]
+    left_out, shared = {"__init__"}, ["checkpoint", "checks", "ranks", "sequences", "stored", "text"]
     if shape.head != "embedding":
         shared.append("generation")
     else:
@@ -35,7 +35,7 @@ def emit(model: Model) -> dict[str, str]:
         **vendor(runtime, shape),
         **vendor(kernels, shape, "kernels"),
         # TVM's cache cannot give pages back behind a window: it would lose the tokens' positions.
-        **common(shape, *shared, EVICTS=False),
+        **common(shape, *shared, EVICTS=False, GPU_TENSORS=False),
         **manifest(model),
     }
 
