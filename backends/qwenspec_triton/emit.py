@@ -18,10 +18,10 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     runtime = ["cache", "graphs", "parallel", "weights"]
-    shared = ["checkpoint", "checks", "ranks", "sequences", "stored", "text"]
+    shared = ["checkpoint", "checks", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
     if shape.head != "embedding":
         runtime.append("generate")
-        shared.append("generation")
+        shared += ["answers", "chat", "conversation", "detokenizer", "generation"]
     if shape.weights or shape.head_weights:
         shared.append("quantized")
     linears = linear_context(model, shape)

@@ -14,9 +14,10 @@ HERE = Path(__file__).parent
 def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
-    left_out, shared = {"__init__"}, ["checkpoint", "checks", "ranks", "sequences", "stored", "text"]
+    left_out = {"__init__"}
+    shared = ["checkpoint", "checks", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
     if shape.head != "embedding":
-        shared.append("generation")
+        shared += ["answers", "chat", "conversation", "detokenizer", "generation"]
     else:
         left_out.add("generate")
     runtime = [file for file in sorted((HERE / "runtime").glob("*.py")) if file.stem not in left_out]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import json
 import os
 import sys
@@ -17,7 +18,8 @@ from typing import ParamSpec, TextIO, TypeVar
 
 import typer
 
-from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, render
+from qwenspec.backend.runtime.machine import machine_problem, out_of_memory
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, printable, render
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,14 +29,20 @@ BROKEN_PIPE = 141  # 128 + SIGPIPE
 PACKAGE = Path(__file__).parents[1]
 
 
-def show(text: str) -> None:
-    """Data for people."""
-    print(text)
+def show(text: str, paint: Callable[[str], str] = str) -> None:
+    """Data for people, painted at last. What a terminal would obey or hide is escaped: names come from files."""
+    print(paint("\n".join(map(printable, text.split("\n")))))
+
+
+def show_document(text: str) -> None:
+    """The text of a file, as it is."""
+    print(text.rstrip("\n"))
 
 
 def show_json(data: object) -> None:
-    """Data for programs."""
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    """Data for programs, in characters that standard output can encode."""
+    everything = sys.stdout.encoding.lower().replace("-", "") == "utf8"
+    print(json.dumps(data, indent=2, ensure_ascii=not everything))
 
 
 def result(data: T, text: Callable[[T], str], as_json: bool) -> None:
@@ -77,12 +85,17 @@ def show_diff(text: str) -> None:
 
 def colored(stream: TextIO) -> bool:
     """Whether to colour: a terminal that can, and nobody objects (https://no-color.org)."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return wipeable(stream) and not os.environ.get("NO_COLOR")
+
+
+def wipeable(stream: TextIO) -> bool:
+    """Whether a line can be overwritten: not in a file, nor on a terminal without a cursor that moves."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def progress(items: Sequence[T], label: Callable[[T], str]) -> Iterator[T]:
-    """The items, with a line on stderr that says where we are; silent when stderr is not a terminal."""
-    if not sys.stderr.isatty():
+    """The items, with a line on stderr that says where we are; silent where that cannot be wiped out again."""
+    if not wipeable(sys.stderr):
         yield from items
         return
     try:
@@ -93,51 +106,80 @@ def progress(items: Sequence[T], label: Callable[[T], str]) -> Iterator[T]:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
+def prepare() -> None:
+    """Make standard output and error such that printing cannot fail for what is printed: characters that the
+    terminal's encoding lacks are escaped, and a closed stream is an error when it is written to, and not before."""
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it is open as long as the process is
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_RDONLY), "w")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def guarded(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
     """A command that ends with its exit code and never with a traceback."""
 
     @functools.wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        raise typer.Exit(_outcome(functools.partial(command, *args, **kwargs)))
+        raise typer.Exit(outcome(functools.partial(command, *args, **kwargs)))
 
     return run
 
 
-def _outcome(command: Callable[[], ExitCode | None]) -> int:
+def outcome(command: Callable[[], ExitCode | None]) -> int:
+    """Run a command, say what stopped it if anything did, and return its exit code."""
     try:
-        code = command()
+        code = _ended(command)
         sys.stdout.flush()
-        return code or ExitCode.OK
+        return code
     except SpecError as error:
         show_diagnostics(error.diagnostics)
-        return error.exit_code
+        code = error.exit_code
     except KeyboardInterrupt:
-        return INTERRUPTED
+        code = INTERRUPTED
     except BrokenPipeError:
-        _discard_stdout()
-        return BROKEN_PIPE
-    except OSError as error:
-        if error.filename is None:
-            return _bug(error)
-        show_diagnostics([Diagnostic("system", f"{error.filename}: {error.strerror}")])
-        return ExitCode.USAGE
+        code = BROKEN_PIPE
     except Exception as error:
-        if "OutOfMemory" in type(error).__name__:  # torch's, which is not imported here
-            show_diagnostics([Diagnostic("out-of-memory", str(error).splitlines()[0])])
-            return ExitCode.USAGE
+        code = _explained(error)
+    _discard_unwritten()
+    return code
+
+
+def _ended(command: Callable[[], ExitCode | None]) -> int:
+    try:
+        return command() or ExitCode.OK
+    except SystemExit as end:  # a package's, which `run` runs in this process
+        return end.code if isinstance(end.code, int) else ExitCode.OK
+
+
+def _discard_unwritten() -> None:
+    """What standard output did not take must not fail again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _explained(error: Exception) -> ExitCode:
+    """An error that is about the machine is the user's to mend; any other is our bug."""
+    problem = machine_problem(error)
+    if os.environ.get("QWENSPEC_TRACEBACK") == "1":
+        traceback.print_exception(error)
+        return ExitCode.USAGE if problem else ExitCode.INTERNAL
+    if problem is None:
         return _bug(error)
-
-
-def _discard_stdout() -> None:
-    """Whoever read our output has gone: what is still buffered must not fail again when Python exits."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if out_of_memory(error):
+        hint = "fewer tokens, a smaller --dtype or a smaller model need less"
+        show_diagnostics([Diagnostic("out-of-memory", problem, hint=hint)])
+    else:
+        show_diagnostics([Diagnostic("system", problem)])
+    return ExitCode.USAGE
 
 
 def _bug(error: Exception) -> ExitCode:
-    if os.environ.get("QWENSPEC_TRACEBACK") == "1":
-        traceback.print_exception(error)
-        return ExitCode.INTERNAL
     frames = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in frames if Path(frame.filename).is_relative_to(PACKAGE.parent)]
     frame = (ours or frames)[-1]

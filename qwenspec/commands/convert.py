@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -53,6 +52,8 @@ def run(checkpoint: Path, spec: str | None, options: Options, out: Path, shard_b
         console.show_json(report.to_data())
     else:
         console.show(_table(report))
+    for name in report.left_out:
+        console.note(f"note: {name} links to a file outside the checkpoint, and is not copied")
     console.note(f"wrote {out}")
 
 
@@ -110,8 +111,9 @@ def _bar() -> Iterator[Callable[[str, int, int], None]]:
 
     name = TextColumn("{task.description}", markup=False)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), name)
-    quiet = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, disable=not console.wipeable(sys.stderr)
+    ) as bar:
         task = bar.add_task("", total=None)
         yield lambda tensor, done, total: bar.update(task, description=tensor, completed=done, total=total)
 

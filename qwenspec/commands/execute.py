@@ -30,13 +30,12 @@ TOP = 5  # tokens that `logits` shows of a position
 
 def run(spec: Spec, backend: str, device: str | None, arguments: Sequence[str]) -> None:
     """`python -m <package> arguments`, in this process. Ends it with SystemExit, as that does."""
+    if importlib.util.find_spec("tokenizers") is None:
+        raise _missing("text needs tokenizers, which is not installed", "run")
     with _package(spec, backend, device) as package:
         sys.path.insert(0, str(package.parent))
         sys.argv = ["qwenspec run", *arguments]
-        try:
-            runpy.run_module(package.name, run_name="__main__")
-        except ModuleNotFoundError as error:
-            raise _missing(error) from error
+        runpy.run_module(package.name, run_name="__main__")
 
 
 def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[str], degree: int) -> None:
@@ -44,7 +43,7 @@ def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[
     plan(lower(spec), degree)  # raises where so many cannot
     _check_ranks(backend, device, degree)
     with _package(spec, backend, device) as package, _terminable():
-        command = [sys.executable, "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
+        command = [sys.executable, "-P", "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
         # In a session of its own: Ctrl-C is for this process, which ends the others.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -135,11 +134,7 @@ def _check_ranks(backend: str, device: str | None, degree: int) -> None:
     """Raises SpecError where this machine cannot run so many ranks."""
     for module, extra in (("torch", "triton"), ("tokenizers", "run")):
         if importlib.util.find_spec(module) is None:
-            problem = f"{degree} ranks need {module}, which is not installed"
-            raise SpecError(
-                [Diagnostic("backend-missing", problem, hint=f"pip install 'qwenspec[{extra}]'")],
-                ExitCode.BACKEND_MISSING,
-            )
+            raise _missing(f"{degree} ranks need {module}, which is not installed", extra)
     found = find(backend)
     if device == "cpu" or found.unavailable():
         return
@@ -177,6 +172,6 @@ def _bad_ids(message: str) -> SpecError:
     return SpecError([Diagnostic("bad-token-id", message, hint="write them like 1,2,3")])
 
 
-def _missing(error: ModuleNotFoundError) -> SpecError:
-    hint = "pip install 'qwenspec[run]'"
-    return SpecError([Diagnostic("backend-missing", str(error), hint=hint)], ExitCode.BACKEND_MISSING)
+def _missing(problem: str, extra: str) -> SpecError:
+    hint = f"pip install 'qwenspec[{extra}]'"
+    return SpecError([Diagnostic("backend-missing", problem, hint=hint)], ExitCode.BACKEND_MISSING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from qwenspec.commands import console
 from qwenspec.commands.execute import arguments
 from qwenspec.commands.specs import pick
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
+from qwenspec.files import write_whole
 
 LIBRARIES = ("numpy", "safetensors", "hypothesis")  # without which nothing can be verified
 SGR = {"✓": "32", "≈": "33", "✗": "1;31"}  # colours of the signs
@@ -44,13 +44,13 @@ def run(spec: str, page: Path | None, as_json: bool, **options: Any) -> ExitCode
     )
     with _bar(request.resolved_examples) as progress:
         result = verify(request, progress)
+    if page is not None:  # before anything else can fail
+        write_whole(page, report.page(result))
+        console.note(f"wrote {page}")
     if as_json:
         console.show_json(result.to_data())
     else:
-        console.show(_painted(report.table(result)))
-    if page is not None:
-        page.write_text(report.page(result), encoding="utf-8")
-        console.note(f"wrote {page}")
+        console.show(report.table(result), _painted)
     return ExitCode.CHECK_FAILED if result.verdict is Verdict.FAIL else ExitCode.OK
 
 
@@ -61,7 +61,10 @@ def replay(folder: Path, as_json: bool) -> ExitCode:
 
     found = failure.replay(folder)
     told = {"folder": str(folder), "verdict": "pass" if found is None else "fail", "reason": str(found or "")}
-    console.result(told, lambda _: "✓ all agree now" if found is None else _painted(f"✗ {found}"), as_json)
+    if as_json:
+        console.show_json(told)
+    else:
+        console.show("✓ all agree now" if found is None else f"✗ {found}", _painted)
     return ExitCode.OK if found is None else ExitCode.CHECK_FAILED
 
 
@@ -86,7 +89,7 @@ def _bar(total: int) -> Iterator[Callable[[str, int], None]]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-    quiet = not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
+    quiet = not console.wipeable(sys.stderr)
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=quiet) as bar:
         task = bar.add_task("", total=total)
         yield lambda what, done: bar.update(task, description=what, completed=done)

@@ -13,15 +13,17 @@ from typing import BinaryIO
 import numpy as np
 
 import qwenspec
-from qwenspec.convert.partial import CONFIG, Identity, Partial
-from qwenspec.convert.plan import BYTES, FLOATS, Job, Tensor, jobs, shards
+from qwenspec.backend.runtime.stored import Stored, either_name
+from qwenspec.convert.partial import CONFIG, OURS, Identity, Partial, holds_others
+from qwenspec.convert.plan import Job, Tensor, jobs, shards
 from qwenspec.convert.report import REPORT, Report, TensorError, report_text
 from qwenspec.convert.rounding import Error, Floats, RoundingError, round_rows
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.hf import quantization, tensors
-from qwenspec.hf.checkpoint import Stored, tensors_in
+from qwenspec.hf.checkpoint import tensors_in, variant_name
 from qwenspec.hf.config import Report as Findings
 from qwenspec.hf.json_file import read_json
+from qwenspec.hf.writer import spec_text
 from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.spec.quantization import Int4, Int8
@@ -31,6 +33,8 @@ PIECE = 1 << 18  # numbers rounded at once: what is computed of them stays in a 
 COPIED = 1 << 24  # bytes copied at once
 SMALL = 64 << 20  # bytes of the largest file that is copied beside the weights
 WEIGHTS = frozenset((".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx"))
+SPEC = "spec.yaml"
+WRITTEN = frozenset((CONFIG, REPORT, SPEC, *OURS))  # and not copied
 QUANTIZED = (".qweight", ".weight_scale_inv", ".weight_scale")
 
 Progress = Callable[[str, int, int], None]  # the tensor, and how many bytes of how many of the checkpoint are done
@@ -56,21 +60,20 @@ def convert(request: Request, progress: Progress = lambda tensor, done, total: N
     """Write the folder `out`, or go on with what an interrupted run left in `out`.partial.
 
     Raises SpecError, and leaves `out` alone, for a checkpoint that is not of the spec, is quantised or is incomplete
-    (`already-quantized`, `missing-tensor`, `unknown-tensor`, `wrong-tensor`, `bad-safetensors`), for weights that
+    (`already-quantized`, `bad-checkpoint`, and what `qwenspec.hf.tensors.check` reports), for weights that
     cannot be rounded (`not-finite`, `scale-too-large`), and where `out` cannot be (`file-exists`,
-    `unfinished-conversion`, `usage`, `no-space`).
+    `unfinished-conversion`, `conversion-under-way`, `usage`, `no-space`).
     """
     _check_folders(request)
     stored = _stored(request)
     plan = shards(jobs(lower(request.result), stored), request.shard_bytes)
-    with _room(request.out):
-        partial = Partial(request.out, _identity(request, stored), plan)
+    with _room(request.out), Partial(request.out, _identity(request, stored), plan) as partial:
         if (free := shutil.disk_usage(partial.folder).free) < partial.missing_bytes:
             raise _no_space(request.out, f"{partial.missing_bytes:,} bytes are to be written, and {free:,} are free")
         _write_tensors(partial, stored, progress)
-        report = _report(request, stored, partial)
-        _copy_others(request.folder, partial.folder)
+        report = _report(request, stored, partial, _copy_others(request.folder, partial.folder))
         (partial.folder / REPORT).write_text(report_text(report), encoding="utf-8")
+        (partial.folder / SPEC).write_text(_spec_text(request), encoding="utf-8")
         partial.complete(_config(request))
     return report
 
@@ -82,7 +85,7 @@ def _check_folders(request: Request) -> None:
     out = request.out
     if (out.exists() or out.is_symlink()) and not out.is_dir():
         raise _fail(out, "file-exists", "this is not a folder", "choose another OUT")
-    if out.is_dir() and any(out.iterdir()):
+    if holds_others(out):
         raise _fail(out, "file-exists", "the folder is not empty", "choose another OUT, or remove what is in it")
     if out.resolve().is_relative_to(request.folder.resolve()):
         raise _fail(out, "usage", "OUT lies in the checkpoint's own folder", "choose another OUT")
@@ -90,36 +93,15 @@ def _check_folders(request: Request) -> None:
 
 def _stored(request: Request) -> dict[str, Stored]:
     """The checkpoint's tensors, which are those of the spec."""
-    names, stored = tensors_in(request.folder)
-    if quantized := next((name for name in sorted(names) if name.endswith(QUANTIZED)), None):
+    held = tensors_in(request.folder, whole=True)
+    stored = held.stored
+    if quantized := next((name for name in sorted(stored) if name.endswith(QUANTIZED)), None):
         message = f"the checkpoint is quantised already: it has {quantized}"
         raise _fail(request.folder, "already-quantized", message, "convert the one in full precision")
     findings = Findings(str(request.folder), None)
-    tensors.check(request.spec, names, findings)
+    tensors.check(request.spec, held, findings)
     findings.check()
-    for param in lower(request.spec).params():
-        for source in param.sources:
-            found, shape = stored.get(source.tensor), (source.rows, *param.shape[1:])
-            if found is None:
-                findings.error("missing-tensor", f"the file of `{source.tensor}`, which the index names, is not there")
-            elif not _fits(found, shape):
-                has, wanted = f"{found.dtype} {list(found.shape)}", f"floats {list(shape)}"
-                findings.error("wrong-tensor", f"`{source.tensor}` is {has}, and the spec needs {wanted}")
-            elif not _is_whole(found):
-                hint = "was it downloaded to the end?"
-                findings.error("bad-safetensors", f"{found.file} ends before `{source.tensor}` does", hint=hint)
-    findings.check()
-    return stored
-
-
-def _fits(stored: Stored, shape: tuple[int, ...]) -> bool:
-    scalar = shape == (1,) and stored.shape == ()  # as scales of a KV cache may be
-    return stored.dtype in FLOATS and (stored.shape == shape or scalar)
-
-
-def _is_whole(stored: Stored) -> bool:
-    numbers = int(np.prod(stored.shape, dtype=np.int64))
-    return _bytes(stored) == numbers * BYTES[stored.dtype] and stored.file.stat().st_size >= stored.end
+    return either_name(stored, lower(request.spec).tied_names)
 
 
 def _identity(request: Request, stored: dict[str, Stored]) -> Identity:
@@ -204,15 +186,37 @@ def _copy(stored: Stored, file: BinaryIO) -> None:
 # ------------------------------------------------------------------------------------------- what goes with them
 
 
-def _copy_others(folder: Path, out: Path) -> None:
-    """The tokenizer, generation_config.json and whatever else is small and holds no weights."""
+def _copy_others(folder: Path, out: Path) -> tuple[str, ...]:
+    """The tokenizer, generation_config.json and whatever else is small, holds no weights and is not written anew.
+
+    Returns the names of links that lead out of the checkpoint, which are not copied."""
+    left_out = []
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
         hidden = any(part.startswith(".") for part in name.parts)
         weights = file.suffix in WEIGHTS or name.name.endswith(".index.json")
-        if file.is_file() and not hidden and not weights and str(name) != CONFIG and file.stat().st_size <= SMALL:
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, out / name)
+        if hidden or weights or str(name) in WRITTEN or not file.is_file() or file.stat().st_size > SMALL:
+            continue
+        if not _belongs(file, folder):
+            left_out.append(str(name))
+            continue
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, out / name)
+    return tuple(left_out)
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Whether a file's content is the checkpoint's: a link may lead to anything. In Hugging Face's cache every file
+    of snapshots/REVISION is one to a file in blobs, beside snapshots."""
+    content, folder = file.resolve(), folder.resolve()
+    blobs = folder.parents[1] / "blobs" if folder.parent.name == "snapshots" else folder
+    return content.is_relative_to(folder) or content.parent == blobs
+
+
+def _spec_text(request: Request) -> str:
+    """The spec of what is written, which needs no other file."""
+    spec = request.result.model_copy(update={"variant": variant_name(request.out.absolute().name.lower())})
+    return spec_text(spec, (f"Converted from {request.spec.variant} by `qwenspec convert`.",))
 
 
 def _config(request: Request) -> dict[str, object] | None:
@@ -226,7 +230,7 @@ def _config(request: Request) -> dict[str, object] | None:
     return config | quantization.write(request.quantization)
 
 
-def _report(request: Request, stored: dict[str, Stored], partial: Partial) -> Report:
+def _report(request: Request, stored: dict[str, Stored], partial: Partial, left_out: tuple[str, ...]) -> Report:
     planned = [job for shard in partial.shards for job in shard.jobs]
     errors = [
         TensorError(job.tensor, job.shape, job.format.packing, error)
@@ -234,7 +238,7 @@ def _report(request: Request, stored: dict[str, Stored], partial: Partial) -> Re
         if job.format is not None and (error := partial.finished[job.tensor]) is not None
     ]
     read, written = sum(_bytes(stored[job.tensor]) for job in planned), sum(job.bytes for job in planned)
-    return Report(str(request.folder), request.quantization, read, written, tuple(errors))
+    return Report(str(request.folder), request.quantization, read, written, tuple(errors), left_out)
 
 
 # ------------------------------------------------------------------------------------------------------ mistakes

@@ -1,26 +1,31 @@
 """The folder of a conversion that is under way: OUT.partial, which becomes OUT when all of it is there.
 
 It holds no *.safetensors and no config.json until then. `conversion.json` says what is converted and how, and
-`finished.jsonl` has a line for each tensor that is on disk, so that another run goes on where this one stopped.
+`finished.jsonl` has a line for each tensor that is on disk, so that another run goes on where this one stopped, at
+whatever call that was. `conversion.lock` is locked by the process that is at work.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwenspec.backend.runtime.stored import INDEX
 from qwenspec.convert.plan import Shard
 from qwenspec.convert.rounding import Error
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
-from qwenspec.hf.checkpoint import INDEX
 
-STATE, FINISHED = "conversion.json", "finished.jsonl"
+STATE, FINISHED, LOCK = "conversion.json", "finished.jsonl", "conversion.lock"
+OURS = (FINISHED, LOCK, STATE)  # removed at the end, in this order: while there is a STATE, they are no one else's
 CONFIG = "config.json"
+WRITING = ".writing"
 
 Identity = dict[str, Any]
 
@@ -28,21 +33,34 @@ Identity = dict[str, Any]
 class Partial:
     """An unfinished conversion into `out`. `finished`: what rounding did to each tensor that is done, None to copies.
 
-    Raises SpecError where the folder is of another conversion."""
+    It is this process's alone until it is closed. Raises SpecError where the folder is of another conversion
+    (`unfinished-conversion`), where another process is at work in it (`conversion-under-way`), and where `out` holds
+    anything else (`file-exists`)."""
 
     def __init__(self, out: Path, identity: Identity, shards: list[Shard]) -> None:
         self.out, self.shards = out, shards
         self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
         self.names = _names(len(shards))
         self.finished: dict[str, Error | None] = {}
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            self._check(identity)
-            self._go_on()
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            _write(self.folder / STATE, json.dumps(identity))
-        for number, shard in enumerate(shards):
-            self._prepare(self._unfinished(number), shard)
+        self._lock: BinaryIO | None = None
+        try:
+            self._open(identity)
+            for number, shard in enumerate(shards):
+                self._prepare(self._unfinished(number), shard)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let others go on with it."""
+        if self._lock:
+            self._lock.close()
 
     @property
     def missing_bytes(self) -> int:
@@ -72,19 +90,57 @@ class Partial:
         if config is not None:
             _write(self.folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
         self.folder.replace(self.out)
-        for name in (FINISHED, STATE):
-            (self.out / name).unlink()
+        for name in OURS:
+            (self.out / name).unlink(missing_ok=True)
 
     # --------------------------------------------------------------------------------------- what was begun
 
-    def _check(self, identity: Identity) -> None:
+    def _open(self, identity: Identity) -> None:
+        complete = not self.folder.exists() and (self.out / STATE).is_file()
+        here = self.out if complete else self.folder  # complete: it was stopped after its folder got the name
+        here.mkdir(parents=True, exist_ok=True)
+        self._begun(here, identity)  # a folder of somebody else's is refused before there is a lock in it
+        self._lock = self._locked(here)
+        begun = self._begun(here, identity)
+        if complete:
+            self.out.replace(self.folder)
+        elif self.out.is_dir() and any(self.out.iterdir()):  # another process was quicker
+            if not begun:
+                shutil.rmtree(self.folder)
+            raise _fail(self.out, "file-exists", "the folder is not empty", "choose another OUT")
+        if begun:
+            self._go_on()
+        else:
+            _write(self.folder / STATE, json.dumps(identity))
+
+    def _locked(self, folder: Path) -> BinaryIO:
+        lock = (folder / LOCK).open("ab")
         try:
-            begun = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise self._fail("the folder exists, and is no unfinished conversion", "choose another OUT") from None
-        if other := [key for key in identity if begun.get(key) != identity[key]]:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(lock.fileno()), (folder / LOCK).stat()):
+                raise BlockingIOError  # it has got its name meanwhile
+        except (BlockingIOError, FileNotFoundError):
+            lock.close()
+            message = "another process converts into this folder"
+            raise _fail(folder, "conversion-under-way", message, "wait for it, or choose another OUT") from None
+        except OSError:
+            pass  # a file system without locks
+        return lock
+
+    def _begun(self, folder: Path, identity: Identity) -> bool:
+        """Whether something of this conversion is there; raises SpecError for anything else."""
+        if {file.name for file in folder.iterdir()} <= {LOCK, STATE + WRITING}:
+            return False
+        try:
+            begun = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            other = [key for key in identity if begun.get(key) != identity[key]]
+        except (OSError, ValueError, AttributeError):
+            message = "the folder exists, and is no unfinished conversion"
+            raise _fail(folder, "unfinished-conversion", message, "choose another OUT") from None
+        if other:
             message = f"the folder has an unfinished conversion that differs in its {listed(other, 'and')}"
-            raise self._fail(message, "remove the folder to begin anew")
+            raise _fail(folder, "unfinished-conversion", message, "remove the folder to begin anew")
+        return True
 
     def _go_on(self) -> None:
         (self.folder / CONFIG).unlink(missing_ok=True)
@@ -118,8 +174,14 @@ class Partial:
         size = sum(job.bytes for shard in self.shards for job in shard.jobs)
         return {"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}
 
-    def _fail(self, message: str, hint: str) -> SpecError:
-        return SpecError([Diagnostic("unfinished-conversion", message, Location(str(self.folder), 0, 0), hint)])
+
+def holds_others(out: Path) -> bool:
+    """Whether a folder holds anything, and not what a conversion that was stopped at its very end left there."""
+    return out.is_dir() and any(out.iterdir()) and not (out / STATE).is_file()
+
+
+def _fail(folder: Path, code: str, message: str, hint: str) -> SpecError:
+    return SpecError([Diagnostic(code, message, Location(str(folder), 0, 0), hint)])
 
 
 def _names(count: int) -> list[str]:
@@ -149,6 +211,6 @@ def _size(file: Path) -> int:
 
 def _write(file: Path, text: str) -> None:
     """All of it or nothing."""
-    begun = file.with_name(f"{file.name}.writing")
+    begun = file.with_name(file.name + WRITING)
     begun.write_text(text, encoding="utf-8")
     begun.replace(file)

@@ -27,13 +27,16 @@ class TensorError:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Of one conversion; `tensors` are those that were rounded, in the order of the forward pass."""
+    """Of one conversion; `tensors` are those that were rounded, in the order of the forward pass.
+
+    `left_out`: links to files outside the checkpoint, which were not copied."""
 
     checkpoint: str
     quantization: Int8 | Int4
     bytes_before: int
     bytes_after: int
     tensors: tuple[TensorError, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def total(self) -> Error:
@@ -54,6 +57,7 @@ class Report:
             "quantization": self.quantization.model_dump(mode="json"),
             "bytes": {"before": self.bytes_before, "after": self.bytes_after},
             **_told(self.total),
+            "left_out": list(self.left_out),
             "tensors": [tensor.to_data() for tensor in self.tensors],
         }
 

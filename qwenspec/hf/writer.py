@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from qwenspec.spec.checkpoint import builtin_layouts
+from qwenspec.spec.document import Spec
+
 WIDTH = 110
 COLUMN = 44  # where comments begin
 
@@ -40,6 +43,22 @@ def write_spec(tree: dict[str, Any], notes: tuple[str, ...] = ()) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
+def spec_text(spec: Spec, notes: tuple[str, ...] = ()) -> str:
+    """The text of a spec file that has this variant alone and needs no other file."""
+    spec = with_layout(spec)
+    data = spec.model_dump(mode="json", by_alias=True, exclude={"variant", "layout"})
+    return write_spec(data | {"default_variant": spec.variant, "variants": {spec.variant: {}}}, notes)
+
+
+def with_layout(spec: Spec) -> Spec:
+    """The spec, with its checkpoint layout in it where that is a file of its own."""
+    checkpoint = spec.architecture.checkpoint
+    if not isinstance(checkpoint.layout, str) or checkpoint.layout in builtin_layouts():
+        return spec
+    own = checkpoint.model_copy(update={"layout": spec.layout})
+    return spec.model_copy(update={"architecture": spec.architecture.model_copy(update={"checkpoint": own})})
+
+
 def _block(key: str, value: Any, indent: str) -> Iterator[str]:
     """`key: value` on one line where it fits and is easy to read, else one line an entry."""
     name = f"{indent}{_scalar(key)}:"
@@ -54,17 +73,19 @@ def _block(key: str, value: Any, indent: str) -> Iterator[str]:
         yield _commented(flow, key, value)
     else:
         yield f"{name} ["
-        items = ", ".join(map(_flow, value))
-        inside = indent + "  "
-        yield from textwrap.wrap(
-            items,
-            WIDTH,
-            initial_indent=inside,
-            subsequent_indent=inside,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+        yield from _filled([*map(_flow, value)], indent + "  ")
         yield f"{indent}]"
+
+
+def _filled(items: list[str], indent: str) -> Iterator[str]:
+    """As many items on a line as fit: none is broken, not even at a space."""
+    line = ""
+    for item in [*(f"{item}," for item in items[:-1]), items[-1]]:
+        if line and len(line) + 1 + len(item) > WIDTH:
+            yield line
+            line = ""
+        line = f"{line} {item}" if line else indent + item
+    yield line
 
 
 def _has_comments(value: dict[str, Any]) -> bool:

@@ -18,9 +18,8 @@ from typing import Any, NoReturn, get_args
 import numpy as np
 
 from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError, listed
-from qwenspec.hf.writer import write_spec
+from qwenspec.hf.writer import spec_text, with_layout
 from qwenspec.spec.base import Dtype
-from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import ModuleError, first_parting, module_errors
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
@@ -76,23 +75,12 @@ def _is_failure(folder: Path) -> bool:
 
 def _standalone(case: Case) -> Case:
     """The case without what its spec has beside it, and what is named from the folder that is the current one now."""
-    return dataclasses.replace(case, spec=_with_layout(case.spec), weights=case.weights and case.weights.absolute())
-
-
-def _with_layout(spec: Spec) -> Spec:
-    """The spec, with its checkpoint layout in it where that is a file of its own."""
-    layout = spec.architecture.checkpoint.layout
-    if not isinstance(layout, str) or layout in builtin_layouts():
-        return spec
-    architecture = spec.architecture.model_copy(update={"checkpoint": Checkpoint(layout=spec.layout)})
-    return spec.model_copy(update={"architecture": architecture})
+    return dataclasses.replace(case, spec=with_layout(case.spec), weights=case.weights and case.weights.absolute())
 
 
 def spec_file(spec: Spec) -> str:
     """The text of a spec file that has this variant alone and needs no other file."""
-    data = _with_layout(spec).model_dump(mode="json", by_alias=True, exclude={"variant", "layout"})
-    tree = data | {"default_variant": spec.variant, "variants": {spec.variant: {}}}
-    return write_spec(tree, ("A variant that contenders differed on, as small as it was made.",))
+    return spec_text(spec, ("A variant that contenders differed on, as small as it was made.",))
 
 
 def _write_files(disagreement: Disagreement, case: Case, folder: Path, final: Path) -> None:

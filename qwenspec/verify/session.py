@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from qwenspec.backend.runtime.machine import out_of_memory
 from qwenspec.verify.case import REFERENCE, Case
 from qwenspec.verify.contenders import Contender, PackageContender, Rows
 from qwenspec.verify.ledger import Ledger
@@ -81,6 +82,8 @@ class Session:
         try:
             return contender.do(step)
         except Exception as error:
+            if out_of_memory(error):  # the machine's trouble, whoever meets it
+                raise
             if type(error).__name__ == "OutOfPages":  # each package has its own
                 raise _Refused("out of pages") from error
             if self.case.sizes.evicts and "were given back" in str(error):

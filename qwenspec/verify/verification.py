@@ -19,6 +19,7 @@ import qwenspec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
 from qwenspec.backend.registry import find, installed
+from qwenspec.backend.runtime.machine import out_of_memory
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import obstacles
@@ -301,7 +302,7 @@ def _module_by_module(request: Request, dtype: str, contenders: Sequence[str], r
                 contender.do(step)
             taps[name] = contender.taps(Forward({0: ids}))
         except Exception as error:  # whatever a package raises, the others are still to be seen
-            if name == REFERENCE:
+            if name == REFERENCE or out_of_memory(error):
                 raise
             reason = f"{name}, module by module in {dtype}: {type(error).__name__}: {error}"
             result.failures.append(Failure(reason))

@@ -170,13 +170,10 @@ def test_wrong_input_says_so(module: ModuleType, model) -> None:
         next(module.generate(model, [[300]]))
 
 
-def test_text_streams_whole_characters(module: ModuleType, weights: Path) -> None:
-    text = part(module, "text").Text(weights)
+def test_a_package_has_its_text_side(module: ModuleType, weights: Path) -> None:
+    text = module.Text(weights)
     ids = text.encode("naïve 雪")
     assert text.decode(ids) == "naïve 雪"
-    pieces = [piece for _, piece in text.stream(module.Token(0, i, None) for i in ids)]
-    assert "".join(pieces) == "naïve 雪"
-    assert all("\ufffd" not in piece for piece in pieces)
     assert text.stop_tokens() == {0, 299}
     assert text.chat([{"role": "user", "content": "hi"}]) == "[user]hi\n[assistant]"
 

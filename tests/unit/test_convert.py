@@ -15,13 +15,15 @@ from conversions import QWEN1, QWEN3, SCHEMES, files, refusal, request
 from ir_specs import make_spec
 from safetensors import safe_open
 
+from qwenspec.backend.runtime.stored import read_header
 from qwenspec.convert import convert as conversion
 from qwenspec.convert.convert import convert
 from qwenspec.diagnostics import SpecError
-from qwenspec.hf.checkpoint import header, import_path, tensors_in
+from qwenspec.hf.checkpoint import import_path, tensors_in
 from qwenspec.hf.tensors import expected
 from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache
+from qwenspec.spec.load import load
 from qwenspec.verify.checkpoint import StoredTensors
 from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.quantize import quantized
@@ -73,7 +75,7 @@ def test_an_embedding_model_stays_one(source: Any, tmp_path: Path) -> None:
     convert(made)
     returned = import_path(made.out).spec
     assert (returned.architecture, returned.quantization) == (made.spec.architecture, made.quantization)
-    assert "embed_tokens.weight" in tensors_in(made.out)[0]
+    assert "embed_tokens.weight" in tensors_in(made.out).stored
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -138,9 +140,62 @@ def test_small_files_go_along(source: Any, tmp_path: Path) -> None:
         "config.json",
         "model.safetensors",
         "quantization_report.json",
+        "spec.yaml",
         "tokenizer.json",
     }
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_spec_that_fits_is_written(source: Any, tmp_path: Path) -> None:
+    """In place of the old one, and with the names of a layout that was a file beside it."""
+    spec, folder = source()
+    (folder / "spec.yaml").write_text((tmp_path / "spec.yaml").read_text())
+    own = spec.model_copy(
+        update={
+            "architecture": spec.architecture.model_copy(
+                update={"checkpoint": spec.architecture.checkpoint.model_copy(update={"layout": "./names.yaml"})}
+            )
+        }
+    )
+    made = request((own, folder), tmp_path / "Tiny int4")
+    convert(made)
+    written = load(made.out / "spec.yaml")
+    assert (written.variant, written.family) == ("tiny-int4", spec.family)
+    assert written.quantization == made.quantization
+    assert written.layout == spec.layout
+    changed = {"architecture": spec.architecture}
+    assert written.architecture.model_copy(update={"checkpoint": spec.architecture.checkpoint}) == spec.architecture
+    assert expected(written.model_copy(update=changed))[0] == set(StoredTensors(made.out))
+
+
+def test_links_are_followed_within_the_checkpoint(source: Any, tmp_path: Path) -> None:
+    spec, folder = source()
+    (tmp_path / "secret").write_text("root:x:0:0")
+    (folder / "notes.txt").symlink_to(tmp_path / "secret")
+    (folder / "gone.txt").symlink_to(tmp_path / "nothing")
+    (folder / "merges.txt").symlink_to("tokenizer.json")
+    made = request((spec, folder), tmp_path / "out")
+    assert convert(made).left_out == ("notes.txt",)
+    written = files(made.out)
+    assert written["merges.txt"] == written["tokenizer.json"]
+    assert not {"notes.txt", "gone.txt"} & set(written)
+    assert b"root:x" not in b"".join(written.values())
+
+
+def test_the_cache_of_hugging_face_is_links(source: Any, tmp_path: Path) -> None:
+    """snapshots/REVISION/FILE leads to blobs/HASH."""
+    spec, folder = source()
+    cache = tmp_path / "models--Qwen--Tiny"
+    snapshot, blobs = cache / "snapshots" / "abc", cache / "blobs"
+    blobs.mkdir(parents=True)
+    folder.rename(tmp_path / "moved")
+    for name in files(tmp_path / "moved"):
+        (tmp_path / "moved" / name).rename(blobs / name.replace("/", "-"))
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).symlink_to(blobs / name.replace("/", "-"))
+    made = request((spec, snapshot), tmp_path / "out")
+    assert convert(made).left_out == ()
+    assert {"tokenizer.json", "1_Pooling/config.json"} < set(files(made.out))
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -162,7 +217,7 @@ def test_shards_are_as_hugging_face_has_them(source: Any, tmp_path: Path, shards
     for path in paths:
         with safe_open(path, framework="pt") as opened:
             assert opened.metadata() == {"format": "pt"}
-            starts = {name: where.start for name, where in header(Path(path)).items()}
+            starts = {name: where.start for name, where in read_header(Path(path)).items()}
             assert not any(start % opened.get_tensor(name).itemsize for name, start in starts.items())  # aligned
             largest = max(opened.get_tensor(name).nbytes for name in opened.keys())  # noqa: SIM118 - no mapping
         assert Path(path).stat().st_size <= max(8_000, largest) + 4_000  # and a header
@@ -232,9 +287,11 @@ def test_checkpoints_that_are_not_of_the_spec(source: Any, tmp_path: Path) -> No
     wider = make_spec(tmp_path, **QWEN3 | {"intermediate_size": 44})
     with pytest.raises(SpecError) as caught:
         convert(request((wider, folder), tmp_path / "out"))
-    told = [d.message for d in caught.value.diagnostics if d.code == "wrong-tensor"]
-    assert len(told) == 2 * 3
-    assert "`model.layers.0.mlp.gate_proj.weight` is BF16 [40, 48], and the spec needs floats [44, 48]" in told
+    (told,) = [d.message for d in caught.value.diagnostics if d.code == "wrong-shape"]
+    assert (
+        "model.layers.0.mlp.gate_proj.weight is [40, 48], and layers.0.mlp.gate_up_proj.weight needs [44, 48]" in told
+    )
+    assert told.endswith("; and 1 more")
     tied = make_spec(tmp_path, **QWEN3 | {"num_hidden_layers": 1})
     assert refusal(request((tied, folder), tmp_path / "out"))[0] == "unknown-tensor"
     convert(request((spec, folder), tmp_path / "done"))
@@ -246,9 +303,9 @@ def test_checkpoints_that_are_not_whole(source: Any, tmp_path: Path) -> None:
     _, second = sorted(folder.glob("*.safetensors"))
     content = second.read_bytes()
     second.write_bytes(content[:-1])
-    assert refusal(request((spec, folder), tmp_path / "out"))[0] == "bad-safetensors"
+    assert refusal(request((spec, folder), tmp_path / "out"))[0] == "checkpoint"
     second.unlink()
-    with pytest.raises(SpecError, match="which the index names, is not there"):
+    with pytest.raises(SpecError, match=r"safetensors cannot be read: No such file"):
         convert(request((spec, folder), tmp_path / "out"))
     assert not (tmp_path / "out.partial").exists()
 

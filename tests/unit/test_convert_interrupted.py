@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_an_interrupted_run_is_gone_on_with(
     with pytest.raises(SpecError):
         import_path(left)
     assert len(resumed(asked, monkeypatch)) == 25 - tensors
-    whole = request(made, tmp_path / "whole", shard_bytes=limit)
+    whole = request(made, tmp_path / "whole" / "out", shard_bytes=limit)
     convert(whole)
     assert files(asked.out) == files(whole.out)
     assert not left.exists()
@@ -81,7 +82,7 @@ def test_a_tensor_that_was_only_begun_is_done_again(
     (left / "shard-00001").unlink()
     left = interrupted(asked, 0)  # now the file is there again, with nothing in it
     assert len(resumed(asked, monkeypatch)) == 25 - 11 + in_first
-    whole = request(made, tmp_path / "whole", shard_bytes=8_000)
+    whole = request(made, tmp_path / "whole" / "out", shard_bytes=8_000)
     convert(whole)
     assert files(asked.out) == files(whole.out)
 
@@ -108,7 +109,7 @@ def test_a_process_that_is_killed(source: Any, tmp_path: Path, monkeypatch: pyte
     command = [sys.executable, "-c", _STOP, str(made.folder), str(tmp_path / "spec.yaml"), str(made.out)]
     assert subprocess.run(command, check=False).returncode == 9
     assert resumed(made, monkeypatch)[0] == "model.layers.1.mlp.up_proj.weight"
-    whole = request((made.spec, made.folder), tmp_path / "whole")
+    whole = request((made.spec, made.folder), tmp_path / "whole" / "out")
     convert(whole)
     assert files(made.out) == files(whole.out)
 
@@ -151,3 +152,95 @@ def test_what_another_conversion_began_is_left_alone(source: Any, tmp_path: Path
         (left / name).unlink()
     (left / "notes.txt").write_text("mine")
     assert "is no unfinished conversion" in refusal(request((spec, folder), tmp_path / "out"))[1]
+
+
+# ------------------------------------------------------------------------------------------ stopped at any call
+
+
+CHANGES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+
+
+def stopped(asked: Request, change: int) -> bool:
+    """A process that is gone before its change number `change` to the file system; whether it came so far."""
+    child = os.fork()
+    if not child:
+        count = lines = 0
+
+        def audit(event: str, arguments: tuple[Any, ...]) -> None:
+            nonlocal count, lines
+            if event not in CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            lines += str(arguments[0]).endswith(partial.FINISHED)
+            if str(arguments[0]).endswith(partial.FINISHED) and 3 < lines < 12:
+                return  # one tensor is like another
+            if count == change:
+                os._exit(9)
+            count += 1
+
+        sys.addaudithook(audit)
+        try:
+            convert(asked)
+        finally:
+            os._exit(0 if asked.out.is_dir() else 1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 9)
+    return code == 9
+
+
+def test_a_process_that_is_stopped_anywhere(source: Any, tmp_path: Path) -> None:
+    """Before any file is opened, renamed or removed: the same command goes on, and the result is the same."""
+    made = source(num_hidden_layers=1)
+    whole = request(made, tmp_path / "whole" / "out", shard_bytes=8_000)
+    convert(whole)
+    change = 0
+    while True:
+        asked = request(made, tmp_path / str(change) / "out", shard_bytes=8_000)
+        if not stopped(asked, change):
+            break
+        if not change % 5:
+            stopped(asked, change // 2)  # and once more
+        convert(asked)
+        assert files(asked.out) == files(whole.out), change
+        assert sorted(path.name for path in asked.out.parent.iterdir()) == ["out"]
+        change += 1
+    assert change > 30
+
+
+def test_a_second_process_waits_for_none(source: Any, tmp_path: Path) -> None:
+    asked = request(source(), tmp_path / "out")
+    said = []
+
+    def another(tensor: str, done: int, total: int) -> None:
+        if not said:
+            said.append(refusal(asked))
+
+    convert(asked, another)
+    assert said == [("conversion-under-way", "another process converts into this folder")]
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_second_process_that_comes_late(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has seen no OUT, and there is one when it begins to write."""
+    asked = request(source(), tmp_path / "out")
+    identity = conversion._identity
+    late = []
+
+    def other(*arguments: Any) -> Any:
+        if not late:
+            late.append(True)
+            convert(asked)
+        return identity(*arguments)
+
+    monkeypatch.setattr(conversion, "_identity", other)
+    with pytest.raises(SpecError, match="the folder is not empty"):
+        convert(asked)
+    assert not (tmp_path / "out.partial").exists()
+    assert import_path(asked.out).spec.quantization == asked.quantization
+
+
+@pytest.mark.parametrize("state", ["", "[]", '{"version of'])
+def test_a_state_that_is_none(source: Any, tmp_path: Path, state: str) -> None:
+    asked = request(source(), tmp_path / "out")
+    left = interrupted(asked, 3)
+    (left / partial.STATE).write_text(state)
+    assert refusal(asked) == ("unfinished-conversion", "the folder exists, and is no unfinished conversion")

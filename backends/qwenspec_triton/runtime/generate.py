@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,13 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
+    stopped: Callable[[int, int], bool] | None = None,
     prefill_chunk_size: int = 2048,
     page_size: int = 16,
 ) -> Iterator[Token]:
-    """Continue every prompt (token ids), all of them together, yielding tokens as they come."""
+    """Continue every prompt (token ids), all of them together, yielding tokens as they come.
+
+    stopped: asked of each token (prompt, id) that is no stop token, whether it is that prompt's last."""
     sampling = sampling or Sampling()
     check_prompts(prompts, model.config.vocab_size)
     check_integer("page_size", page_size, least=1)
@@ -43,9 +46,11 @@ def generate(
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):
-            finished = (
-                "stop" if token in sampling.stop_tokens else "length" if produced == sampling.max_tokens else None
-            )
+            finished = None
+            if token in sampling.stop_tokens or (stopped and stopped(i, token)):
+                finished = "stop"
+            elif produced == sampling.max_tokens:
+                finished = "length"
             yield Token(i, token, finished)
             if finished is None:
                 alive.append((i, token))
@@ -76,8 +81,17 @@ def _prefill(model: Any, cache: Any, prompts: Sequence[Sequence[int]], chunk_siz
 
 def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> Tensor:
     """logits [b, vocab] float32 -> token ids [b]."""
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits.argmax(-1)
+    logits = warp(logits, sampling)
+    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
+    noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
+    return (logits.softmax(-1) / noise).argmax(-1)
+
+
+def warp(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, then top-p, as Hugging Face does: logits [b, vocab] -> [b, vocab], -inf for what is
+    dropped."""
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = logits.topk(sampling.top_k).values[:, -1:]
@@ -87,6 +101,4 @@ def sample(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier tokens
         dropped = torch.zeros_like(before, dtype=torch.bool).scatter_(-1, order, before >= sampling.top_p)
         logits = logits.masked_fill(dropped, -torch.inf)
-    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
-    noise = torch.stack([torch.empty_like(logits[0]).exponential_(generator=g) for g in generators])
-    return (logits.softmax(-1) / noise).argmax(-1)
+    return logits

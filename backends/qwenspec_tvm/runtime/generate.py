@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,14 @@ def generate(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling | None = None,
     *,
+    stopped: Callable[[int, int], bool] | None = None,
     prefill_chunk_size: int = 2048,
     page_size: int = 16,
 ) -> Iterator[Token]:
     """Continue every prompt (token ids), all of them together, yielding tokens as they come: rank 0's, on every rank.
 
-    Draws are numpy's: with the same seed, other tokens than a PyTorch generator's."""
+    stopped: asked of each token (prompt, id) that is no stop token, whether it is that prompt's last. Draws are
+    numpy's: with the same seed, other tokens than a PyTorch generator's."""
     sampling = sampling or Sampling()
     check_prompts(prompts, model.config.vocab_size)
     check_integer("page_size", page_size, least=1)
@@ -45,9 +47,11 @@ def generate(
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):
-            finished = (
-                "stop" if token in sampling.stop_tokens else "length" if produced == sampling.max_tokens else None
-            )
+            finished = None
+            if token in sampling.stop_tokens or (stopped and stopped(i, token)):
+                finished = "stop"
+            elif produced == sampling.max_tokens:
+                finished = "length"
             yield Token(i, token, finished)
             if finished is None:
                 alive.append((i, token))
@@ -77,8 +81,17 @@ def _prefill(model: Any, cache: Any, prompts: Sequence[Sequence[int]], chunk_siz
 
 def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.random.Generator]) -> np.ndarray:
     """logits [b, vocab] float32 -> token ids [b]."""
-    if sampling.temperature == 0:
+    if sampling.greedy:
         return logits.argmax(-1)
+    logits = warp(logits, sampling)
+    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
+    noise = np.stack([generator.standard_exponential(logits.shape[-1], np.float32) for generator in generators])
+    return (softmax(logits) / noise).argmax(-1)
+
+
+def warp(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """Temperature, then top-k, then top-p, as Hugging Face does: logits [b, vocab] -> [b, vocab], -inf for what is
+    dropped."""
     logits = logits / np.float32(sampling.temperature)
     if 0 < sampling.top_k < logits.shape[-1]:
         smallest = np.partition(logits, -sampling.top_k)[:, -sampling.top_k, None]
@@ -90,9 +103,7 @@ def sample(logits: np.ndarray, sampling: Sampling, generators: Sequence[np.rando
         dropped = np.zeros_like(before, dtype=bool)
         np.put_along_axis(dropped, order, before >= sampling.top_p, -1)
         logits = np.where(dropped, -np.inf, logits)
-    # Gumbel's trick, one generator a row: argmax of p / Exponential(1) is a draw from p.
-    noise = np.stack([generator.standard_exponential(logits.shape[-1], np.float32) for generator in generators])
-    return (softmax(logits) / noise).argmax(-1)
+    return logits
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from .checks import check_integer
+
+GREEDY = 1e-30  # logits divided by less would overflow, and nothing but the likeliest token would be drawn
 
 
 class NonFiniteError(ValueError):
@@ -19,13 +22,25 @@ class Sampling:
     temperature: float = 0.0
     top_k: int = 0  # the k most likely tokens alone; 0: all
     top_p: float = 1.0  # the fewest most likely tokens whose probabilities reach top_p
-    seed: int = 0  # of each sequence's own generator: a sequence draws the same in any batch
+    seed: int = 0  # of each sequence's own generator: a sequence draws the same in any batch; 0 … 2⁶⁴ - 1
     max_tokens: int = 128
     stop_tokens: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.max_tokens < 1:
-            raise ValueError(f"temperature and top_k are 0 or more, 0 < top_p <= 1, max_tokens at least 1; not {self}")
+        if not math.isfinite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature is a number from 0 on, and not {self.temperature}")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise ValueError(f"top_k is an integer from 0 on, and not {self.top_k}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is above 0 and at most 1, and not {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is an integer from 0 to 2^64 - 1, and not {self.seed}")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is an integer from 1 on, and not {self.max_tokens}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < GREEDY
 
 
 @dataclass(frozen=True)

@@ -1,102 +1,114 @@
-"""Text in and out: the checkpoint's tokenizer, chat template and stop tokens."""
+"""Text in and out: the checkpoint's tokenizer, chat template, stop tokens and sampling."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from .generation import Sampling
+from .stored import read_json
+
+LM_HEAD = True  # flag: it generates text
 
 
 class TextError(ValueError):
-    """The checkpoint folder lacks what turns text into tokens."""
+    """The checkpoint folder lacks what turns text into tokens, or it is wrong; or a text cannot be used."""
 
 
 class Text:
-    """The text side of a checkpoint folder."""
+    """The text side of a checkpoint folder. Raises TextError or CheckpointError, which name the file that is wrong."""
 
     def __init__(self, folder: str | Path) -> None:
+        try:
+            from .tokenizer import read_tokenizer
+        except ModuleNotFoundError as error:
+            raise TextError(f"text needs {error.name}: pip install {error.name}") from error
         self.folder = Path(folder)
-        file = self.folder / "tokenizer.json"
-        if not file.is_file():
-            raise TextError(f"{file} is missing: text needs the checkpoint's tokenizer")
-        self.tokenizer: Tokenizer = Tokenizer.from_file(str(file))
+        self._tokenizer = read_tokenizer(self.folder)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text; special tokens written in it are recognised.
 
         `add_special_tokens`: also those that the tokenizer puts round a text, such as the one at the end that an
         embedding model reads. A rendered chat brings its own."""
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
-
-    def token(self, text: str) -> int:
-        """The id of a text that is one token."""
-        ids = self.encode(text, add_special_tokens=False)
-        if len(ids) != 1:
-            raise TextError(f"{text!r} is {len(ids)} tokens, and should be one")
-        return ids[0]
+        return self._tokenizer.encode(unicode(text), add_special_tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids, without special tokens."""
-        return str(self.tokenizer.decode(list(ids)))
+        return self._tokenizer.decode(ids)
 
-    def stream(self, tokens: Iterable[Any]) -> Iterator[tuple[int, str]]:
-        """(prompt, piece of text) as generate's tokens come; a character waits until its last byte is there."""
-        streams: dict[int, DecodeStream] = {}
-        for token in tokens:
-            if token.finished == "stop":
-                continue
-            decode = streams.setdefault(token.prompt, DecodeStream(skip_special_tokens=True))
-            if piece := decode.step(self.tokenizer, token.id):
-                yield token.prompt, piece
+    if LM_HEAD:
 
-    def chat(self, messages: list[dict[str, str]], **options: Any) -> str:
-        """The checkpoint's chat template, rendered up to where the assistant speaks."""
-        try:
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError as error:
-            raise TextError("chat templates need jinja2: pip install jinja2") from error
-        template = self._chat_template()
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _raise
-        environment.filters["tojson"] = lambda value, **kw: json.dumps(value, ensure_ascii=False, **kw)
-        special = {name: token for name, token in self._special_tokens().items() if token}
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=True, **special, **options
-        )
+        def chat(
+            self,
+            messages: Sequence[Mapping[str, Any]],
+            *,
+            tools: Sequence[Mapping[str, Any]] | None = None,
+            documents: Sequence[Mapping[str, Any]] | None = None,
+            template: str | None = None,
+            **options: Any,
+        ) -> str:
+            """The checkpoint's chat template, rendered up to where the assistant speaks.
 
-    def stop_tokens(self) -> frozenset[int]:
-        """End-of-sequence ids of generation_config.json, else of config.json."""
-        for name in ("generation_config.json", "config.json"):
-            ids = _read_json(self.folder / name).get("eos_token_id")
-            if ids is not None:
-                return frozenset([ids] if isinstance(ids, int) else ids)
-        return frozenset()
+            messages: `role`, `content` and what else the template reads, as `reasoning_content` or `tool_calls`.
+            template: the name of one, where there are several; by default `tool_use` with tools, else `default`.
+            options: whatever else the template reads, as `enable_thinking=False`. Raises TextError."""
+            try:
+                from .chat import read_templates, render
+            except ModuleNotFoundError as error:
+                raise TextError(f"chat templates need {error.name}: pip install {error.name}") from error
+            found = read_templates(self.folder)
+            name = template or ("tool_use" if tools is not None and "tool_use" in found else "default")
+            if name not in found:
+                raise TextError(f"{self.folder} has the chat templates {', '.join(sorted(found))}, and no {name}")
+            known = {"add_generation_prompt": True, **self._tokenizer.special_tokens, **options}
+            return render(found[name], messages, {"tools": tools, "documents": documents, **known})
 
-    def _chat_template(self) -> str:
-        file = self.folder / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text()
-        template = _read_json(self.folder / "tokenizer_config.json").get("chat_template")
-        if isinstance(template, list):  # several, by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        if not template:
-            raise TextError(f"{self.folder} has no chat template (chat_template.jinja or tokenizer_config.json)")
-        return str(template)
+        def generation_config(self) -> dict[str, Any]:
+            """generation_config.json; empty where there is none."""
+            return _optional(self.folder / "generation_config.json")
 
-    def _special_tokens(self) -> dict[str, str]:
-        config = _read_json(self.folder / "tokenizer_config.json")
-        tokens = {name: config.get(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
-        return {n: t["content"] if isinstance(t, dict) else t for n, t in tokens.items() if t is not None}
+        def stop_tokens(self) -> frozenset[int]:
+            """End-of-sequence ids of generation_config.json, else of config.json."""
+            for file in (self.folder / "generation_config.json", self.folder / "config.json"):
+                ids = _optional(file).get("eos_token_id")
+                if ids is not None:
+                    listed = ids if isinstance(ids, list) else [ids]
+                    if not all(type(i) is int and i >= 0 for i in listed):
+                        raise TextError(f"{file}: eos_token_id is neither a token id nor a list of them")
+                    return frozenset(listed)
+            return frozenset()
+
+        def sampling(self) -> dict[str, Any]:
+            """What generation_config.json says of `temperature`, `top_k` and `top_p`; nothing where it is greedy."""
+            file, config = self.folder / "generation_config.json", self.generation_config()
+            sampled = config.get("do_sample", False)
+            if not isinstance(sampled, bool):
+                raise TextError(f"{file}: do_sample is neither true nor false")
+            if not sampled:
+                return {}
+            found: dict[str, Any] = {"temperature": 1.0}
+            found |= {name: config[name] for name in ("temperature", "top_k", "top_p") if config.get(name) is not None}
+            if wrong := [name for name, value in found.items() if type(value) not in (int, float)]:
+                raise TextError(f"{file}: {wrong[0]} is no number")
+            try:
+                Sampling(**found)
+            except ValueError as error:
+                raise TextError(f"{file}: {error}") from error
+            return found
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return content
+def unicode(text: str) -> str:
+    """The same text; raises TextError where it holds bytes that were not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise TextError(f"the text is not UTF-8: character {error.start + 1} is {text[error.start]!a}") from error
+    return text
 
 
-def _raise(message: str) -> None:
-    raise TextError(f"the chat template says: {message}")
+if LM_HEAD:
+
+    def _optional(file: Path) -> dict[str, Any]:
+        return read_json(file) if file.exists() else {}

@@ -1,0 +1,43 @@
+"""How the command ends when something goes wrong that is not its own mistake."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+from .machine import machine_problem
+from .ranks import tell
+
+INTERRUPTED = 130  # as a shell says it of SIGINT
+BROKEN_PIPE = 141  # of SIGPIPE
+
+
+def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
+    """Run, and return the exit code: 2 after trouble that is told in a sentence, such as one of `errors`."""
+    try:
+        run()
+        sys.stdout.flush()
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever read has gone: nothing more may be written, at the interpreter's end neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except Exception as error:
+        if problem := machine_problem(error):
+            tell(f"error: {problem}")
+        elif isinstance(error, (*errors, ValueError)):
+            tell(f"error: {error}")
+        else:
+            raise
+    return 2
+
+
+def warn(tokens: int, limit: int) -> None:
+    if tokens > limit:
+        note(f"up to {tokens} tokens, and the model was made for {limit}")
+
+
+def note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
