@@ -71,22 +71,25 @@ class PackageRunner(ABC):
             raise SpecError([Diagnostic("ranks", str(error))]) from error
 
     def embed(self, ids: Ints) -> Floats:
-        return self._numpy(self.model.embed(self._ids(ids)))
+        return self._numpy(self.model.embed(self._ids(numbers("ids", ids))))
 
     def prefill(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.prefill(self._embeds(embeds), cache))
+        return self._numpy(self.model.prefill(self._embeds(numbers("embeds", embeds)), cache))
 
     def decode(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.decode(self._embeds(embeds), cache))
+        return self._numpy(self.model.decode(self._embeds(numbers("embeds", embeds)), cache))
 
     def batch_prefill(self, embeds: Floats, logit_positions: Ints, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_prefill(self._embeds(embeds), self._ids(logit_positions), cache))
+        given = self._embeds(numbers("embeds", embeds))
+        return self._numpy(
+            self.model.batch_prefill(given, self._ids(numbers("logit_positions", logit_positions)), cache)
+        )
 
     def batch_decode(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_decode(self._embeds(embeds), cache))
+        return self._numpy(self.model.batch_decode(self._embeds(numbers("embeds", embeds)), cache))
 
     def batch_verify(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_verify(self._embeds(embeds), cache))
+        return self._numpy(self.model.batch_verify(self._embeds(numbers("embeds", embeds)), cache))
 
     def create_paged_kv_cache(
         self,
@@ -118,6 +121,16 @@ class PackageRunner(ABC):
     @abstractmethod
     def _numpy(self, tensor: Any) -> Floats:
         """A tensor of the package's, of any floating dtype."""
+
+
+def numbers(name: str, values: Any) -> Any:
+    """An array of a dtype that every backend's tensors can have."""
+    import numpy as np
+
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} are numbers, and not {array.dtype}")
+    return array
 
 
 def is_layer(address: str) -> bool:
