@@ -260,10 +260,12 @@ def _no_number(text: str) -> None:
 def _read_entry(file: Path, name: str, entry: Any, begin: int) -> Stored | None:
     """One tensor of a header, None for the header's own metadata. Raises ValueError."""
     name.encode()  # raises for half of a surrogate pair
-    if name == "__metadata__" and isinstance(entry, dict) and all(isinstance(text, str) for text in entry.values()):
+    if name == "__metadata__":
+        if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
+            raise ValueError("the metadata are not texts")
         return None
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end], **others} if not others:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, end]}:
             if dtype not in BITS:
                 raise ValueError(f"{shown(name)} has the unknown dtype {shown(dtype)}")
             if len(shape) > 16 or not all(type(n) is int and 0 <= n < 1 << 63 for n in (*shape, start, end)):
