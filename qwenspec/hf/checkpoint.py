@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenspec import tree
-from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers
+from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers, shown
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.hf import json_source, modules
 from qwenspec.hf.importer import ImportResult, import_config
@@ -78,11 +78,12 @@ def tensors_in(folder: Path, whole: bool = False) -> Held:
     notes = list(files.notes)
     unseen = {tensor for tensor, file in files.indexed.items() if file not in there and tensor not in stored}
     if absent := len(files.files) - len(there):
+        count = len(files.files)
         notes.append(
-            f"{absent:,} of {len(files.files):,} files are not there: of their tensors the names alone are known."
+            f"Files that are not there: {absent:,} of {count:,}. Of their tensors only the names were checked."
         )
     if lost := sorted(set(files.indexed) - unseen - set(stored)):
-        notes.append(f"{INDEX} names {len(lost):,} tensors that its files do not hold, such as {lost[0]}.")
+        notes.append(f"{INDEX} names what its files do not hold: {len(lost):,} tensors, such as {shown(lost[0])}.")
     return Held(stored, frozenset(unseen), tuple(notes))
 
 

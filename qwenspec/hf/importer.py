@@ -12,6 +12,7 @@ from qwenspec import tree as source_tree
 from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
+from qwenspec.hf.harmless import FIXED
 from qwenspec.hf.tensors import Held
 from qwenspec.hf.writer import write_spec
 from qwenspec.spec.architecture import Architecture
@@ -67,6 +68,8 @@ def import_config(
     if ignore:
         architecture["checkpoint"]["ignore"] = list(ignore)
     quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0)
+    for key, (allowed, why) in FIXED.items():
+        keys.fixed(key, *allowed, why=why)
     keys.report_unread()
     report.check()
     tree: Tree = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwenspec.hf import unsupported
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
@@ -14,6 +15,9 @@ OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
 _RECORDS = (
+    "act_group_aware",
+    "amp",
+    "autoround_version",
     "backend",
     "batch_size",
     "block_name_to_quantize",
@@ -23,19 +27,40 @@ _RECORDS = (
     "dataset",
     "disable_exllama",
     "do_fuse",
+    "dynamic_max_gap",
+    "enable_minmax_tuning",
+    "enable_norm_bias_tuning",
+    "enable_quanted_input",
     "exllama_config",
     "fuse_max_seq_len",
+    "gradient_accumulate_steps",
+    "is_checkpoint_fp8_serialized",
+    "iters",
+    "low_cpu_mem_usage",
+    "low_gpu_mem_usage",
+    "lr",
+    "lr_scheduler",
     "max_input_length",
     "meta",
+    "minmax_lr",
     "model_file_base_name",
     "model_name_or_path",
     "model_seqlen",
     "module_name_preceding_first_block",
     "modules_to_fuse",
+    "not_use_best_mse",
+    "nsamples",
     "pad_token_id",
+    "provider",
+    "quant_nontext_module",
     "quantizer",
+    "sampler",
+    "scale_dtype",
+    "seqlen",
     "static_groups",
+    "to_quant_block_names",
     "tokenizer",
+    "train_bs",
     "true_sequential",
     "use_cuda_fp16",
     "use_exllama",
@@ -45,7 +70,7 @@ _RECORDS = (
 def read(config: Config, layout: Layout, num_layers: int) -> dict[str, Any] | None:
     """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names."""
     quantized = config.child("quantization_config")
-    if quantized is None:
+    if quantized is None or unsupported.reported(quantized):
         return None
     method = quantized.choice("quant_method", tuple(_READERS))
     for key in _RECORDS:
@@ -112,6 +137,10 @@ def matching(entry: str, modules: Sequence[str]) -> list[str]:
 
 def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("fmt", "e4m3", None, why="the other float8 formats are not implemented")
+    config.fixed("scale_fmt", "float", None, why="scales are read as floats alone")
+    config.fixed("expert_dtype", "fp8", None, why="there are no experts")
+    config.fixed("dequantize", False, None, why="weights are multiplied as they are stored")
+    config.fixed("modules_to_convert", None, [], why="linear layers alone are quantised")
     config.choice("activation_scheme", ("dynamic",), "dynamic")
     block = config.get("weight_block_size")
     if block is None:
@@ -124,6 +153,11 @@ def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
 
 def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("version", "gemm", "GEMM", why="the other AWQ layouts are packed differently")
+    config.fixed("format", "gemm", None, why="the other AWQ layouts are packed differently")
+    config.fixed("desc_act", False, None, why="AWQ's inputs are in their own order")
+    config.fixed("data_type", "int", None, why="AWQ's values are integers")
+    config.fixed("modules_in_block_to_quantize", None, why="AWQ names what it leaves alone in modules_to_not_convert")
+    config.get("sym")  # zero_point says it: transformers' own class writes true beside zero points
     config.fixed("zero_point", True, why="AWQ without zero points is another format")
     bits, group_size = config.get("bits"), config.size("group_size")
     if bits != 4:
@@ -136,6 +170,8 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("lm_head", False, None, why="the LM head is always in full precision")
     config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
+    config.fixed("data_type", "int", None, why="GPTQ's values are integers")
+    config.fixed("method", "gptq", None, why="it is the same key as quant_method")
     found: dict[str, Any] = {
         "scheme": "gptq",
         "bits": config.get("bits"),
@@ -146,8 +182,10 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     if found["group_size"] != -1:
         config.size("group_size")
     found["sym"], found["desc_act"] = config.flag("sym", True), config.flag("desc_act", False)
-    if config.get("checkpoint_format") is not None:
-        found["checkpoint_format"] = config.choice("checkpoint_format", ("gptq", "gptq_v2"))
+    for key in ("format", "checkpoint_format"):  # GPTQModel renames the second to the first, and writes both
+        if config.get(key) is not None:
+            config.fixed(key, found.get("checkpoint_format", config.get(key)), why="the two names of one key differ")
+            found["checkpoint_format"] = config.choice(key, ("gptq", "gptq_v2"))
     # Names inside a layer, in groups by the order of quantisation; whatever is not among them was left alone.
     if inside := config.names("modules_in_block_to_quantize"):
         chosen = tuple(f".{name}" for name in inside)
@@ -172,5 +210,7 @@ _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
 
 def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
     """`modules_to_not_convert` as the modules that it names. What is never quantised needs no entry."""
-    named = {name for entry in config.names("modules_to_not_convert") for name in matching(entry, modules)}
+    skipped, ignored = config.names("modules_to_not_convert"), config.names("ignored_layers")  # two names of one key
+    entries = skipped if config.get("modules_to_not_convert") is not None else ignored
+    named = {name for entry in entries for name in matching(entry, modules)}
     return {"skip": [name for name in modules if name in named]} if named else {}
