@@ -60,6 +60,7 @@ class Structure:
             "ROUND_TABLES": self.round_tables,
             "ATTENTION_FACTOR": self.attention_factor,
             "LM_HEAD": self.head != "embedding",
+            "TIED": self.head == "tied" and self.head_weights is None,
             "EVERY_LAYER_SLIDES": self.windows == "all",
             "EVICTS": self.windows == "all",
             **self._quantization_flags,

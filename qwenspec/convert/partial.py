@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwenspec.backend.runtime.stored import INDEX
 from qwenspec.convert.plan import Shard
 from qwenspec.convert.rounding import Error
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
-from qwenspec.hf.checkpoint import INDEX
 
 STATE, FINISHED = "conversion.json", "finished.jsonl"
 CONFIG = "config.json"

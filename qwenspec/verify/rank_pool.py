@@ -46,7 +46,7 @@ class _Rank:
         others = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         others["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the modules of functions that it is sent
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwenspec.verify.rank_worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "qwenspec.verify.rank_worker", str(theirs.fileno())],
             env=os.environ | others | {name: str(value) for name, value in told.items()},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,

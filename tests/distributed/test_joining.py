@@ -38,6 +38,16 @@ def test_variables_of_any_launcher_will_do(team: Path) -> None:
     assert [err for _, _, err in ended] == ["", ""]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the threads' names in /proc")
+def test_no_thread_of_the_process_group_is_left_when_the_interpreter_ends(team: Path) -> None:
+    """It would free tensors, for which it needs the interpreter: without one the process aborts."""
+    for code, out, err in finish(*by_hand([scenario(team, "end")] * 2)):
+        assert (code, err) == (0, "")
+        before, _, after = out.splitlines()
+        assert "gloo" in before
+        assert after == "[]"
+
+
 def test_one_rank_imports_nothing_for_it(team: Path) -> None:
     ask = "import sys, team.ranks as r; assert r.join('cpu') == r.Ranks(); assert r.together(r.Ranks(), dict) == {}; "
     command = [sys.executable, "-c", ask + "assert 'torch' not in sys.modules"]

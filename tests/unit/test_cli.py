@@ -37,7 +37,7 @@ def test_version_and_help() -> None:
     assert call("--version").stdout == f"qwenspec {qwenspec.__version__}\n"
     top = call("--help").stdout
     commands = re.findall(r"^  (\w+) {2,}\w", top.split("Commands:")[1], re.M)
-    expected = "gen backends validate schema import convert show diff plan run logits verify"
+    expected = "gen backends validate schema import convert list show diff plan run logits verify"
     assert commands == expected.split()
     for command in commands:
         shown = call(command, "--help")
