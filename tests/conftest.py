@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 
 PLANTED = os.environ.get("EQUIVALENCE_PROFILE") == "mutants"
-# The same examples every time, and nothing that a slow machine could fail. Of mistakes that plant.py planted any example
-# will do, and is not made small.
+# The same examples every time, and nothing that a slow machine could fail. Of mistakes that plant.py planted any
+# example will do, and is not made small.
 hypothesis.settings.register_profile(
     "steady",
     derandomize=True,

@@ -34,8 +34,8 @@ DOOR_MUTANTS = (
     Mutant(
         "dtype_of_absent_is_float32",
         f"{HF}/importer.py",
-        'return next(iter(found.values()), "bfloat16")',
-        'return next(iter(found.values()), "float32")',
+        'released.")\n    return "bfloat16"',
+        'released.")\n    return "float32"',
         "a config without a dtype",
         tests=CLASSES,
     ),
@@ -164,7 +164,7 @@ DOOR_MUTANTS = (
     Mutant(
         "control_characters_in_messages",
         "qwenspec/diagnostics.py",
-        'return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)',
+        'return "".join(c if _visible(c) else c.encode("unicode_escape").decode("ascii") for c in text)',
         "return text",
         "a file's escape sequences act on the terminal",
         tests=CHANGES,
