@@ -12,6 +12,7 @@ import qwenspec
 from qwenspec.commands import console
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.files import check_place
 
 GENERATED = Path("generated")
 
@@ -340,6 +341,8 @@ def logits(
     from qwenspec.commands.specs import pick
 
     tokens = execute.token_ids(ids)
+    if out is not None:
+        check_place(out)
     found = execute.logits(pick(spec, variant), backend, weights, tokens, device, dtype)
     if out is not None:
         execute.save(out, found)

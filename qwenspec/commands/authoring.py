@@ -9,6 +9,7 @@ from typing import Any
 
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.files import write_whole
 from qwenspec.spec.load import load_all
 
 SCHEMA = Path("specs/schema/spec.v1.schema.json")
@@ -92,6 +93,5 @@ def import_spec(config: Path, name: str | None, out: Path | None, force: bool, a
 
 
 def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_whole(file, text)
     console.note(f"wrote {file}")

@@ -9,7 +9,9 @@ import contextlib
 import functools
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +25,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 PACKAGE = Path(__file__).parents[1]
 
@@ -103,14 +106,38 @@ def guarded(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
     return run
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a process as Ctrl-C does, by an exception, so that temporary folders go."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if not main or before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _outcome(command: Callable[[], ExitCode | None]) -> int:
     try:
-        code = command()
+        with _terminable():
+            code = command()
         sys.stdout.flush()
         return code or ExitCode.OK
     except SpecError as error:
         show_diagnostics(error.diagnostics)
         return error.exit_code
+    except Terminated:
+        return TERMINATED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -53,19 +53,23 @@ class Parting:
 def write_failure(disagreement: Disagreement, folder: Path) -> Path:
     """Write everything that `replay` and a person need to `folder`, and return it. It is complete or absent.
 
-    An older failure there is replaced. Raises SpecError (`file-exists`) when something else is there."""
+    An older failure there is replaced. Raises SpecError (`file-exists`) when something else is there, and
+    `cannot-write`."""
     if folder.exists() and not _is_failure(folder):
         message = f"{folder} exists already, and is not the folder of a failure"
         raise SpecError([Diagnostic("file-exists", message, hint="move it away, or name another folder")])
-    folder.parent.mkdir(parents=True, exist_ok=True)
     case = _standalone(disagreement.case)
-    with tempfile.TemporaryDirectory(prefix=".failure-", dir=folder.parent) as beside:
-        new = Path(beside) / "new"
-        new.mkdir()
-        _write_files(disagreement, case, new, folder)
-        if folder.exists():
-            folder.rename(Path(beside) / "old")
-        new.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".failure-", dir=folder.parent) as beside:
+            new = Path(beside) / "new"
+            new.mkdir()
+            _write_files(disagreement, case, new, folder)
+            if folder.exists():
+                folder.rename(Path(beside) / "old")
+            new.rename(folder)
+    except OSError as error:
+        raise SpecError([Diagnostic("cannot-write", f"{folder}: {error.strerror or error}")]) from error
     return folder
 
 

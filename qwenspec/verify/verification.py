@@ -263,7 +263,10 @@ def _written_down(disagreement: Disagreement, folder: Path) -> Failure:
 
     case = disagreement.case
     name = re.sub(r"[^\w.-]", "-", f"{case.spec.variant}-{'-'.join(disagreement.pair)}-{case.dtype}")
-    written = write_failure(disagreement, folder / name)
+    try:
+        written = write_failure(disagreement, folder / name)
+    except SpecError as error:  # what was found is still to be told
+        return Failure(f"{disagreement}; it is not kept: {error}")
     verdict = json.loads((written / VERDICT).read_text(encoding="utf-8"))
     where = f"; {verdict['parts']} parts at {verdict['module']['address']}" if verdict["module"] else ""
     command = shlex.join(["qwenspec", "verify", "--replay", str(written)])

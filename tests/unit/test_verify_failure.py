@@ -313,7 +313,7 @@ def test_a_write_that_fails_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(np, "savez_compressed", broken_disk)
     failures = tmp_path / "failures"
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SpecError, match="no space"):
         write_failure(disagreement, failures / "one")
     assert not list(failures.iterdir())
 
@@ -325,7 +325,7 @@ def test_an_older_failure_stays_until_it_is_replaced(
     (folder / "older").touch()
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", broken_disk)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(SpecError, match="no space"):
             write_failure(disagreement, folder)
     assert {file.name for file in folder.iterdir()} == FILES | {"older"}
     write_failure(disagreement, folder)
