@@ -14,6 +14,7 @@ import qwenspec
 from qwenspec.commands import console, interrupt
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.files import check_place
 
 GENERATED = Path("generated")
 
@@ -391,6 +392,8 @@ def logits(
     from qwenspec.commands.specs import pick, weights_of
 
     tokens, picked = execute.token_ids(ids), pick(spec, variant)
+    if out is not None:
+        check_place(out)
     found = execute.logits(picked, backend, weights_of(spec, weights), tokens, device, dtype)
     if out is not None:
         execute.save(out, found)
