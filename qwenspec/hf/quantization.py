@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwenspec.hf import gptq_dynamic
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
@@ -80,8 +81,10 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "zero_point": True,
                 "modules_to_not_convert": list(skip) or None,
             }
-        case Gptq():
+        case Gptq(skip=skip):
             fields = {"quant_method": "gptq", **quantization.model_dump(exclude={"scheme", "skip"})}
+            if skip:
+                fields["dynamic"] = gptq_dynamic.rules(skip)
         case Int8(skip=skip) | Int4(skip=skip):
             fields = {
                 "quant_method": OURS,
@@ -98,8 +101,6 @@ def lacks(quantization: Quantization | None) -> list[str]:
     match quantization:
         case Fp8Block(activations="none"):
             return ["quantization.activations: none"]
-        case Gptq(skip=skip) if skip:
-            return ["quantization.skip with gptq"]
         case _:
             return []
 
@@ -132,7 +133,6 @@ def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
 
 
 def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    config.fixed("dynamic", None, why="per-module settings are not implemented")
     config.fixed("lm_head", False, None, why="the LM head is always in full precision")
     config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
@@ -148,11 +148,13 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     found["sym"], found["desc_act"] = config.flag("sym", True), config.flag("desc_act", False)
     if config.get("checkpoint_format") is not None:
         found["checkpoint_format"] = config.choice("checkpoint_format", ("gptq", "gptq_v2"))
+    common = {key: found[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    skip = gptq_dynamic.excluded(config, linears, common)
     # Names inside a layer, in groups by the order of quantisation; whatever is not among them was left alone.
     if inside := config.names("modules_in_block_to_quantize"):
         chosen = tuple(f".{name}" for name in inside)
-        found["skip"] = [name for name in linears if not name.endswith(chosen)]
-    return found
+        skip = [name for name in linears if name in skip or not name.endswith(chosen)]
+    return found | ({"skip": skip} if skip else {})
 
 
 def _ours(config: Config, modules: Sequence[str]) -> dict[str, Any]:

@@ -450,7 +450,6 @@ def test_quantization_details():
         (quantized(QWEN25_7B_GPTQ, is_marlin_format=True), "unsupported-value", "is_marlin_format"),
         (quantized(QWEN25_7B_GPTQ, lm_head=True), "unsupported-value", "lm_head"),
         (quantized(QWEN25_7B_GPTQ, pack_dtype="int8"), "unsupported-value", "pack_dtype"),
-        (quantized(QWEN25_7B_GPTQ, dynamic={"-:lm_head": {}}), "unsupported-value", "dynamic"),
         (ours(quant_method="bitsandbytes"), "wrong-value", "bitsandbytes"),
         (ours(quant_method="compressed-tensors"), "wrong-value", "compressed-tensors"),
         (ours(scheme="int3"), "wrong-value", "scheme"),

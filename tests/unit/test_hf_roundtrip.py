@@ -345,7 +345,6 @@ def test_what_hugging_face_cannot_say_is_named(form, change, named):
     ("quantization", "named"),
     [
         ({"scheme": "fp8_block", "block": [64, 64], "activations": "none"}, "quantization.activations: none"),
-        ({"scheme": "gptq", "bits": 4, "skip": ["model.layers.0.mlp.up_proj"]}, "quantization.skip"),
     ],
 )
 def test_quantization_that_hugging_face_cannot_say(quantization, named):
@@ -359,6 +358,7 @@ def test_quantization_that_hugging_face_cannot_say(quantization, named):
     [
         {"scheme": "fp8_block", "block": [64, 64]},
         {"scheme": "awq", "group_size": 64},
+        {"scheme": "gptq", "bits": 4},
         {"scheme": "int8"},
         {"scheme": "int4", "head": "none"},
     ],
