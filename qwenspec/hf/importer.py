@@ -61,7 +61,8 @@ def import_config(
     architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
     architecture |= {"dtype": _dtype(keys)} | _head(keys, model_type, tensor_names, normalize)
     layout = _layout(architecture["checkpoint"]["layout"])
-    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0)
+    has_head = not architecture["tie_word_embeddings"] and architecture.get("lm_head", True) is not None
+    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0, has_head)
     keys.report_unread()
     report.check()
     tree: Tree = {

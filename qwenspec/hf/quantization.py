@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwenspec.hf import gptq_dynamic
+from qwenspec.hf import compressed_tensors, gptq_dynamic
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
+COMPRESSED_TENSORS = "compressed-tensors"
 OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
@@ -43,18 +44,22 @@ _RECORDS = (
 )
 
 
-def read(config: Config, layout: Layout, num_layers: int) -> dict[str, Any] | None:
-    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names."""
+def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False) -> dict[str, Any] | None:
+    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names.
+
+    has_head: there is an LM head that is not the embedding"""
     quantized = config.child("quantization_config")
     if quantized is None:
         return None
-    method = quantized.choice("quant_method", tuple(_READERS))
+    method = quantized.choice("quant_method", (*_READERS, COMPRESSED_TENSORS))
     for key in _RECORDS:
         quantized.get(key)
     if method is None:
         quantized.unread.clear()
         return None
     modules = weights.linears(layout, num_layers)
+    if method == COMPRESSED_TENSORS:
+        return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
     if method == OURS:  # others never quantise these
         modules += [layout.embedding, layout.lm_head]
     return _READERS[method](quantized, modules)
@@ -72,6 +77,8 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "weight_block_size": list(block),
                 "modules_to_not_convert": list(skip) or None,
             }
+        case Fp8() | PackQuantized():
+            fields = compressed_tensors.write(quantization)
         case Awq(bits=bits, group_size=group_size, skip=skip):
             fields = {
                 "quant_method": "awq",

@@ -451,7 +451,6 @@ def test_quantization_details():
         (quantized(QWEN25_7B_GPTQ, lm_head=True), "unsupported-value", "lm_head"),
         (quantized(QWEN25_7B_GPTQ, pack_dtype="int8"), "unsupported-value", "pack_dtype"),
         (ours(quant_method="bitsandbytes"), "wrong-value", "bitsandbytes"),
-        (ours(quant_method="compressed-tensors"), "wrong-value", "compressed-tensors"),
         (ours(scheme="int3"), "wrong-value", "scheme"),
         (ours(head="fp8"), "wrong-value", "head"),
         (ours(scheme="int8", group_size=32), "unread-key", "group_size"),

@@ -25,9 +25,12 @@ __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 QUANTIZED = True  # flag: some matrices are quantised
 GPTQ = True  # flag: … by GPTQ
+PACK_QUANTIZED = True  # flag: … by compressed-tensors, in words
+SCALAR_SCALES = True  # flag: … with scales that are single numbers, [] or [1]
 STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
 
 SHOWN = 20  # reasons in one message
+MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # of quantised weights
 
 
 @dataclass(frozen=True)
@@ -106,6 +109,8 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
         wanted += [(matrix.name, tensor) for matrix in matrices for tensor in matrix.tensors]
         allowed += manifest["zero_tensors"]
     problems = check(wanted, stored, allowed)
+    if PACK_QUANTIZED and not problems:
+        problems = check_groups(matrices)
     if GPTQ and not problems:
         read = {tensor.name for _, tensor in wanted}
         problems = check_groups(matrices) + check_zeros(stored, read, manifest["zero_tensors"])
@@ -118,7 +123,7 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
 
 def _other_quantization(stored: dict[str, Stored]) -> list[str]:
     """What explains most of what is wrong, where it is."""
-    quantized = next((name for name in sorted(stored) if name.endswith((".qweight", ".weight_scale_inv"))), None)
+    quantized = next((name for name in sorted(stored) if name.endswith(MARKS)), None)
     if QUANTIZED:
         return [] if quantized else ["its weights are in full precision, and this package's are quantised"]
     return [f"its weights are quantised ({quantized}), and this package's are not"] if quantized else []
@@ -157,7 +162,9 @@ def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allow
         if found is None:
             if not tensor.optional:
                 problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
-        elif found.shape != tensor.shape and (not STORED_KV_SCALES or found.shape or tensor.shape != (1,)):
+        elif found.shape != tensor.shape and (
+            not (STORED_KV_SCALES or SCALAR_SCALES) or found.shape or tensor.shape != (1,)
+        ):
             needed = f"{parameter} needs {list(tensor.shape)}"
             problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
         elif found.dtype not in tensor.dtypes:
