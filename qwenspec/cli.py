@@ -18,8 +18,9 @@ GENERATED = Path("generated")
 app = typer.Typer(
     name="qwenspec",
     help="A compiler from YAML specs of Qwen variants to standalone implementations.",
-    epilog="SPEC is file.yaml, or file.yaml#variant. Exit codes: 0 done, 1 a check said no, "
-    "2 bad usage or spec, 3 a backend is not installed, 70 a bug in qwenspec.",
+    epilog="SPEC is file.yaml, file.yaml#variant, a checkpoint folder, or a name that `qwenspec list` shows. "
+    "Exit codes: 0 done, 1 a check said no, 2 bad usage, spec or checkpoint, 3 a backend is not installed, "
+    "70 a bug in qwenspec, 130 interrupted.",
     no_args_is_help=True,
     rich_markup_mode=None,  # rich doubles the time to start
     pretty_exceptions_enable=False,
@@ -67,26 +68,33 @@ def _backends(incomplete: str) -> list[str]:
     return [name for name in installed() if name.startswith(incomplete)]
 
 
-def _variants(incomplete: str) -> list[str]:
-    """`file.yaml#` is completed here, `file` by the shell."""
+def _specs(incomplete: str) -> list[str]:
+    """`file.yaml#` and the names of what comes with qwenspec are completed here, `file` by the shell."""
+    from qwenspec.spec import bundled
     from qwenspec.spec.load import variants
 
     file, mark, start = incomplete.partition("#")
+    if not mark:
+        prefixed = [f"{bundled.PREFIX}{file}" for file in bundled.files()]
+        return [name for name in (*bundled.variants(), *prefixed) if incomplete and name.startswith(incomplete)]
     try:
-        names = variants(file) if mark else []
+        return [f"{file}#{name}" for name in variants(file) if name.startswith(start)]
     except SpecError:
         return []
-    return [f"{file}#{name}" for name in names if name.startswith(start)]
 
 
 def _spec(name: str = "SPEC") -> Any:
-    return typer.Argument(metavar=name, help="file.yaml or file.yaml#variant", autocompletion=_variants)
+    help_ = "file.yaml, file.yaml#variant, a checkpoint folder, or a name that `qwenspec list` shows"
+    return typer.Argument(metavar=name, help=help_, autocompletion=_specs)
 
 
 Spec = Annotated[str, _spec()]
 Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: the file's default_variant.")]
 Backend = Annotated[str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)]
-Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")]
+Weights = Annotated[
+    Path | None,
+    typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder. Default: SPEC, if it is one."),
+]
 Context = Annotated[
     int | None, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence. Default: 4096.")
 ]
@@ -185,13 +193,16 @@ def import_(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="config.json, or a checkpoint folder.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="SPEC", help="Default: stdout.")] = None,
     name: Annotated[str | None, typer.Option(help="The variant's name. Default: the folder's.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Tensors that nobody needs, such as `*.inv_freq`.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite SPEC.")] = False,
     as_json: Json = False,
 ) -> None:
     """The spec of a Hugging Face config. A key that nobody reads is an error."""
     from qwenspec.commands import authoring
 
-    authoring.import_spec(config, name, out, force, as_json)
+    authoring.import_spec(config, name, ignore or [], out, force, as_json)
 
 
 @app.command()
@@ -219,6 +230,18 @@ def convert(
 
 
 # ---------------------------------------------------------------------------------------------- reading specs
+
+
+@app.command("list")
+@guarded
+def list_(
+    file: Annotated[str | None, typer.Argument(metavar="FILE", help="Default: what comes with qwenspec.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The variants that come with qwenspec, or those of a file."""
+    from qwenspec.commands import listing
+
+    console.result(listing.variants(file), listing.variants_text, as_json)
 
 
 @app.command()
@@ -281,8 +304,8 @@ def plan(
 @guarded
 def run(
     spec: Spec,
-    weights: Weights,
     prompt: Annotated[list[str], typer.Option("--prompt", "-p", metavar="TEXT", help="Again for a batch.")],
+    weights: Weights = None,
     variant: Variant = None,
     chat: Annotated[bool, typer.Option("--chat", help="Prompts are messages to the chat template.")] = False,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Default: 128.")] = None,
@@ -299,10 +322,11 @@ def run(
 ) -> None:
     """Generate text, streamed."""
     from qwenspec.commands import execute
-    from qwenspec.commands.specs import pick
+    from qwenspec.commands.specs import pick, weights_of
 
+    picked = pick(spec, variant)
     options = {
-        "weights": weights,
+        "weights": weights_of(spec, weights),
         "max-tokens": max_tokens,
         "temperature": temperature,
         "top-k": top_k,
@@ -315,7 +339,7 @@ def run(
         "chat": chat,
         "json": as_json,
     }
-    picked, arguments = pick(spec, variant), execute.arguments(options)
+    arguments = execute.arguments(options)
     if tp == 1:
         execute.run(picked, backend, device, arguments)
     else:
@@ -326,8 +350,8 @@ def run(
 @guarded
 def logits(
     spec: Spec,
-    weights: Weights,
     ids: Annotated[str, typer.Option("--ids", metavar="1,2,3", help="Token ids.")],
+    weights: Weights = None,
     variant: Variant = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", metavar="FILE.npy", help="float32 [n, vocab].")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1.")] = "cpu",
@@ -337,10 +361,10 @@ def logits(
 ) -> None:
     """The logits of every position."""
     from qwenspec.commands import execute
-    from qwenspec.commands.specs import pick
+    from qwenspec.commands.specs import pick, weights_of
 
-    tokens = execute.token_ids(ids)
-    found = execute.logits(pick(spec, variant), backend, weights, tokens, device, dtype)
+    tokens, picked = execute.token_ids(ids), pick(spec, variant)
+    found = execute.logits(picked, backend, weights_of(spec, weights), tokens, device, dtype)
     if out is not None:
         execute.save(out, found)
     if out is None or as_json:
@@ -374,6 +398,7 @@ def verify(
     as_json: Json = False,
 ) -> ExitCode:
     """Compare the backends with a float64 reference and with each other, on random workloads."""
+    from qwenspec.commands import specs
     from qwenspec.commands import verify as command
 
     if (replay is None) == (spec is None):
@@ -388,7 +413,7 @@ def verify(
         as_json,
         variant=variant,
         backend=backend,
-        weights=weights,
+        weights=weights and specs.folder(weights),
         examples=examples,
         seed=seed,
         dtype=dtype,

@@ -77,6 +77,15 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return folded[close[0]] if close else None
 
 
+def near(word: str, allowed: Iterable[str], count: int = 3) -> str:
+    """`a`, `b` or `c`: the few allowed spellings that are closest to `word`, empty when nothing is close."""
+    import difflib
+
+    folded = {name.lower(): name for name in islice(allowed, 500)}
+    close = difflib.get_close_matches(word.lower()[:80], folded, n=count, cutoff=0.6)
+    return listed(folded[name] for name in close) if close else ""
+
+
 def listed(words: Iterable[str], last: str = "or") -> str:
     """`a`, `b` or `c`."""
     *head, tail = [f"`{word}`" for word in words] or ["nothing"]
@@ -96,8 +105,8 @@ def _render(diagnostic: Diagnostic, color: bool) -> str:
         return f"\x1b[{sgr}m{text}\x1b[0m" if color else text
 
     location = diagnostic.location
-    place = paint(f"{_printable(str(location))}: ", "1") if location else ""
-    lines = [f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + _printable(diagnostic.message), '1')}"]
+    place = paint(f"{printable(str(location))}: ", "1") if location else ""
+    lines = [f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + printable(diagnostic.message), '1')}"]
     margin = " "
     if location and location.line and location.text.strip():
         number = f"{location.line:>4}"
@@ -105,7 +114,7 @@ def _render(diagnostic: Diagnostic, color: bool) -> str:
         text, caret = _pointed(location)
         lines += [paint(f"{number} | ", "34") + text, paint(f"{margin} | ", "34") + paint(caret, "1;31")]
     if diagnostic.hint:
-        lines.append(paint(f"{margin} = ", "34") + paint("help: ", "1;36") + _printable(diagnostic.hint))
+        lines.append(paint(f"{margin} = ", "34") + paint("help: ", "1;36") + printable(diagnostic.hint))
     return "\n".join(lines) + "\n"
 
 
@@ -145,6 +154,11 @@ def _columns(text: str, column: int = 0) -> int:
     return total - column
 
 
-def _printable(text: str) -> str:
-    """A message never carries control characters to the terminal, whatever a file or its name held."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+def printable(text: str) -> str:
+    """Characters that nobody sees, spaces excepted, as escapes: control characters, other ends of lines, marks that
+    turn the direction of reading, bytes of a name that are not UTF-8."""
+    return "".join(c if _visible(c) else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _visible(char: str) -> bool:
+    return char.isprintable() or unicodedata.category(char) == "Zs"

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest, printable
 from qwenspec.tree import Document, Entry, Mapping, Node, Scalar, Sequence, written
 
 MAX_BYTES = 1 << 20
@@ -33,16 +33,17 @@ def parse_file(path: str | Path, wanted_by: Location | None = None) -> Document:
     return parse(read(path, wanted_by), str(path))
 
 
-def read(path: str | Path, wanted_by: Location | None = None) -> str:
-    """The text of a UTF-8 file of at most MAX_BYTES, without its byte order mark."""
+def read(path: str | Path, wanted_by: Location | None = None, limit: int = MAX_BYTES) -> str:
+    """The text of a UTF-8 file of at most `limit` bytes, without its byte order mark."""
     name = str(path)
     whole = wanted_by or Location(name, 0, 0)
+    refuse_unprintable(name, whole)
     try:
         # Not blocking: opening a pipe that nobody writes to would wait for ever.
         with os.fdopen(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 _fail("not-a-file", f"`{name}` is not a regular file", whole, _files_in(Path(name)))
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(limit + 1)
     except FileNotFoundError:
         _fail("file-not-found", f"there is no file `{name}`", whole, _similar_file(Path(name)))
     except IsADirectoryError:
@@ -50,8 +51,9 @@ def read(path: str | Path, wanted_by: Location | None = None) -> str:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         _fail("unreadable-file", f"cannot read `{name}`: {reason}", whole)
-    if len(data) > MAX_BYTES:
-        _fail("file-too-large", f"`{name}` is larger than 1 MiB, the limit for a spec", whole)
+    if len(data) > limit:
+        what = " for a spec" if limit == MAX_BYTES else ""
+        _fail("file-too-large", f"`{name}` is larger than {limit >> 20} MiB, the limit{what}", whole)
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -62,6 +64,13 @@ def read(path: str | Path, wanted_by: Location | None = None) -> str:
             hint += "; it looks like UTF-16"
         byte = f"byte 0x{data[error.start]:02x}"
         _fail("not-utf-8", f"{byte} is not valid UTF-8 here", Location(name, line, column), hint)
+
+
+def refuse_unprintable(path: str, place: Location) -> None:
+    """A spec's path becomes part of the packages: it has to be text that can be read there."""
+    if printable(path) != path:
+        message = f"the path `{path}` has characters that cannot be printed"
+        _fail("unprintable-path", message, place, "rename the file or its folder")
 
 
 def _similar_file(path: Path) -> str:

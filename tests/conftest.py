@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import os
 
+import hypothesis
 import pytest
+
+# The same examples every time, and nothing that a slow machine could fail.
+hypothesis.settings.register_profile(
+    "steady",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("steady")
 
 
 @pytest.fixture(scope="session", autouse=True)

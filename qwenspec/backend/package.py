@@ -10,14 +10,15 @@ import functools
 import inspect
 import json
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, astuple, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
 from qwenspec.backend.config import config_fields
 from qwenspec.backend.emit import environment
 from qwenspec.backend.fold import declared_flags, fold
+from qwenspec.backend.quoting import inside_quotes
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.backend.structure import Structure, packing, structure
 from qwenspec.ir import rope as formulas
@@ -59,14 +60,17 @@ def manifest(model: Model) -> dict[str, str]:
     shape = structure(model)
     if shape.weights or shape.head_weights:
         content["zero_tensors"] = list(model.zero_tensors)
+    if model.tied_names:
+        content["tied"] = list(model.tied_names)
     return {MANIFEST: json.dumps(content | {"parameters": _entries(model)})}
 
 
 def template_context(model: Model) -> dict[str, Any]:
-    """The names that templates read."""
+    """The names that templates read. None is a text of the spec's that could end a literal or a comment."""
     shape = structure(model)
     return {field.name: getattr(shape, field.name) for field in fields(shape)} | {
-        "model": model,
+        "variant": inside_quotes(model.name),
+        "dtype": model.dtype,
         "fields": config_fields(model, shape.windows),
         "attention_title": attention_title(model),
         "linear_blocks": linear_blocks(model),
@@ -132,9 +136,8 @@ def _entries(model: Model) -> list[dict[str, Any]]:
     for param in model.params():
         layer = re.match(r"layers\.(\d+)\.", param.name)
         for block, shared in shared_blocks(model, param):
-            entry = _entry(block, shared)
-            if layer:
-                entry = _in_any_layer(entry, model.checkpoint_layer, int(layer[1]))
+            in_any_layer = _in_any_layer(model.checkpoint_layer, int(layer[1])) if layer else str
+            entry = _entry(block, shared, in_any_layer)
             key = json.dumps(entry)
             entries[key] = entry
             layers.setdefault(key, []).append(int(layer[1]) if layer else 0)
@@ -144,9 +147,9 @@ def _entries(model: Model) -> list[dict[str, Any]]:
     return list(entries.values())
 
 
-def _entry(block: Block, shared: Shared) -> dict[str, Any]:
-    """As `qwenspec.ir.shares.read_entry` and checkpoint.py read it."""
-    entry: dict[str, Any] = {"name": block.name, "shape": list(shared.shape)}
+def _entry(block: Block, shared: Shared, named: Callable[[str], str]) -> dict[str, Any]:
+    """As `qwenspec.ir.shares.read_entry` and checkpoint.py read it. `named`: how names are written there."""
+    entry: dict[str, Any] = {"name": named(block.name), "shape": list(shared.shape)}
     if shared.rows:
         entry["rows"] = [astuple(part) for part in shared.rows]
     if shared.columns:
@@ -154,12 +157,17 @@ def _entry(block: Block, shared: Shared) -> dict[str, Any]:
     if shared.first:
         entry["rank"] = 0
     if block.format is None:
-        return entry | {"sources": [(source.tensor, source.rows) for source in block.sources]}
+        return entry | {"sources": [(named(source.tensor), source.rows) for source in block.sources]}
     tensors = [stored_tensors(source, *shared.shape[1:]) for source in block.sources]
     return entry | {
         "format": _format(block.format),
         "sources": [
-            {"rows": source.rows, "tensors": {suffix: astuple(tensor) for suffix, tensor in stored.items()}}
+            {
+                "rows": source.rows,
+                "tensors": {
+                    suffix: astuple(replace(tensor, name=named(tensor.name))) for suffix, tensor in stored.items()
+                },
+            }
             for source, stored in zip(block.sources, tensors, strict=True)
         ],
     }
@@ -169,19 +177,14 @@ def _format(format: WeightFormat) -> dict[str, Any]:
     return {"packing": packing(format), **asdict(format)}
 
 
-def _in_any_layer(entry: dict[str, Any], checkpoint_layer: str, layer: int) -> dict[str, Any]:
-    """`{i}` takes the place of the layer's index in every name."""
-    names = {f"layers.{layer}.": "layers.{i}.", checkpoint_layer.replace("{i}", str(layer)): checkpoint_layer}
+def _in_any_layer(checkpoint_layer: str, layer: int) -> Callable[[str], str]:
+    """`{i}` takes the place of the layer's index at the beginning of a name, of the package's or the checkpoint's."""
+    prefixes = {f"layers.{layer}.": "layers.{i}.", checkpoint_layer.replace("{i}", str(layer)): checkpoint_layer}
 
-    def general(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: general(inner) for key, inner in value.items()}
-        if isinstance(value, list | tuple):
-            return [general(inner) for inner in value]
-        if isinstance(value, str):
-            for prefix, replaced in names.items():
-                if value.startswith(prefix):
-                    return replaced + value.removeprefix(prefix)
-        return value
+    def named(name: str) -> str:
+        for prefix, general in prefixes.items():
+            if name.startswith(prefix):
+                return general + name.removeprefix(prefix)
+        return name
 
-    return {key: general(value) for key, value in entry.items()}
+    return named

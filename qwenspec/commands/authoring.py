@@ -9,6 +9,7 @@ from typing import Any
 
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.files import write_whole
 from qwenspec.spec.load import load_all
 
 SCHEMA = Path("specs/schema/spec.v1.schema.json")
@@ -70,7 +71,9 @@ def _compare(file: Path, text: str) -> ExitCode:
     return ExitCode.CHECK_FAILED
 
 
-def import_spec(config: Path, name: str | None, out: Path | None, force: bool, as_json: bool) -> None:
+def import_spec(
+    config: Path, name: str | None, ignore: Sequence[str], out: Path | None, force: bool, as_json: bool
+) -> None:
     """Write the spec of a config.json or a checkpoint folder to `out`, or print it."""
     from qwenspec.hf.checkpoint import import_path
     from qwenspec.hf.writer import write_spec
@@ -78,7 +81,7 @@ def import_spec(config: Path, name: str | None, out: Path | None, force: bool, a
     if out is not None and out.exists() and not force:
         message = f"{out} exists already"
         raise SpecError([Diagnostic("file-exists", message, hint="`--force` overwrites it")])
-    result = import_path(config, name)
+    result = import_path(config, name, tuple(ignore))
     text = write_spec(result.tree, result.notes)
     if out is not None:
         _write(out, text)
@@ -92,6 +95,5 @@ def import_spec(config: Path, name: str | None, out: Path | None, force: bool, a
 
 
 def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(text, encoding="utf-8")
+    write_whole(file, text)
     console.note(f"wrote {file}")

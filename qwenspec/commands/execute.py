@@ -44,7 +44,7 @@ def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[
     plan(lower(spec), degree)  # raises where so many cannot
     _check_ranks(backend, device, degree)
     with _package(spec, backend, device) as package, _terminable():
-        command = [sys.executable, "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
+        command = [sys.executable, "-P", "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
         # In a session of its own: Ctrl-C is for this process, which ends the others.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         try:

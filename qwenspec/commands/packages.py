@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from qwenspec.backend.emit import check, emit, package_name
-from qwenspec.backend.registry import MANIFEST
+from qwenspec import source
+from qwenspec.backend import folder
+from qwenspec.backend.emit import check, package_name, render_package
+from qwenspec.backend.registry import MANIFEST, find
 from qwenspec.commands import console
 from qwenspec.commands.specs import pick
-from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError
+from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError, printable
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import plan
 from qwenspec.spec.base import Model
 from qwenspec.spec.document import Spec
 
 COMMITTED = "manifest.yaml"  # in the output folder: what `--all` is
+SHOWN = 5  # files that a note names
 
 
 class Entry(Model):
@@ -59,9 +63,10 @@ def _entries(file: Path) -> list[Entry]:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
+    text = source.read(file)
     try:
-        return TypeAdapter(list[Entry]).validate_python(yaml.safe_load(file.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, ValidationError) as error:
+        return TypeAdapter(list[Entry]).validate_python(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError, ValueError, RecursionError) as error:
         hint = "it is a list of {spec: FILE, variant: NAME, backend: NAME}"
         problem = Diagnostic("bad-manifest", str(error).splitlines()[0], Location(str(file), 0, 0), hint)
         raise SpecError([problem]) from error
@@ -69,7 +74,8 @@ def _entries(file: Path) -> list[Entry]:
 
 def stray(out: Path, jobs: list[Job]) -> list[Path]:
     """Generated packages in `out` that the manifest does not list."""
-    return sorted({path.parent for path in out.glob(f"*/{MANIFEST}")} - {job.package for job in jobs})
+    found = {path.parent for path in out.glob(f"*/{MANIFEST}") if not path.parent.name.startswith(".")}
+    return sorted(found - {job.package for job in jobs})
 
 
 def check_degree(job: Job, degree: int) -> None:
@@ -86,15 +92,29 @@ def say_how(job: Job, degree: int) -> None:
 def write(jobs: list[Job]) -> list[dict[str, object]]:
     """Write every package; what was written, as data."""
     written: list[dict[str, object]] = []
+    notes: list[str] = []  # after the line that shows the progress
     for job in console.progress(jobs, lambda job: str(job.package)):
-        package = emit(job.spec, job.backend, job.out)
-        files = {
-            str(file.relative_to(package)): len(file.read_text(encoding="utf-8").splitlines())
-            for file in sorted(package.rglob("*"))
-            if file.suffix == ".py" or file.name == MANIFEST
-        }
-        written.append({"package": str(package), "variant": job.spec.variant, "backend": job.backend, "lines": files})
+        files = render_package(job.spec, find(job.backend))
+        met = folder.write(job.package, files)
+        lines = {name: len(text.splitlines()) for name, text in sorted(files.items())}
+        package = str(job.package)
+        written.append({"package": package, "variant": job.spec.variant, "backend": job.backend, "lines": lines})
+        notes += _notes(package, met)
+    for text in notes:
+        console.note(text)
     return written
+
+
+def _notes(package: str, met: folder.Written) -> Iterator[str]:
+    if met.kept:
+        yield f"{package}: kept what qwenspec did not write: {_shortened(met.kept)}"
+    if met.replaced:
+        yield f"{package}: replaced what had been edited: {_shortened(met.replaced)}"
+
+
+def _shortened(names: Sequence[str]) -> str:
+    shown = ", ".join(printable(name) for name in names[:SHOWN])
+    return shown + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
 
 
 def written_text(written: list[dict[str, object]]) -> str:

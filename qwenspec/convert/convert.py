@@ -13,13 +13,14 @@ from typing import BinaryIO
 import numpy as np
 
 import qwenspec
+from qwenspec.backend.runtime.stored import Stored, either_name
 from qwenspec.convert.partial import CONFIG, Identity, Partial
-from qwenspec.convert.plan import BYTES, FLOATS, Job, Tensor, jobs, shards
+from qwenspec.convert.plan import Job, Tensor, jobs, shards
 from qwenspec.convert.report import REPORT, Report, TensorError, report_text
 from qwenspec.convert.rounding import Error, Floats, RoundingError, round_rows
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.hf import quantization, tensors
-from qwenspec.hf.checkpoint import Stored, tensors_in
+from qwenspec.hf.checkpoint import tensors_in
 from qwenspec.hf.config import Report as Findings
 from qwenspec.hf.json_file import read_json
 from qwenspec.ir.lower import lower
@@ -56,7 +57,7 @@ def convert(request: Request, progress: Progress = lambda tensor, done, total: N
     """Write the folder `out`, or go on with what an interrupted run left in `out`.partial.
 
     Raises SpecError, and leaves `out` alone, for a checkpoint that is not of the spec, is quantised or is incomplete
-    (`already-quantized`, `missing-tensor`, `unknown-tensor`, `wrong-tensor`, `bad-safetensors`), for weights that
+    (`already-quantized`, `bad-checkpoint`, and what `qwenspec.hf.tensors.check` reports), for weights that
     cannot be rounded (`not-finite`, `scale-too-large`), and where `out` cannot be (`file-exists`,
     `unfinished-conversion`, `usage`, `no-space`).
     """
@@ -90,36 +91,15 @@ def _check_folders(request: Request) -> None:
 
 def _stored(request: Request) -> dict[str, Stored]:
     """The checkpoint's tensors, which are those of the spec."""
-    names, stored = tensors_in(request.folder)
-    if quantized := next((name for name in sorted(names) if name.endswith(QUANTIZED)), None):
+    held = tensors_in(request.folder, whole=True)
+    stored = held.stored
+    if quantized := next((name for name in sorted(stored) if name.endswith(QUANTIZED)), None):
         message = f"the checkpoint is quantised already: it has {quantized}"
         raise _fail(request.folder, "already-quantized", message, "convert the one in full precision")
     findings = Findings(str(request.folder), None)
-    tensors.check(request.spec, names, findings)
+    tensors.check(request.spec, held, findings)
     findings.check()
-    for param in lower(request.spec).params():
-        for source in param.sources:
-            found, shape = stored.get(source.tensor), (source.rows, *param.shape[1:])
-            if found is None:
-                findings.error("missing-tensor", f"the file of `{source.tensor}`, which the index names, is not there")
-            elif not _fits(found, shape):
-                has, wanted = f"{found.dtype} {list(found.shape)}", f"floats {list(shape)}"
-                findings.error("wrong-tensor", f"`{source.tensor}` is {has}, and the spec needs {wanted}")
-            elif not _is_whole(found):
-                hint = "was it downloaded to the end?"
-                findings.error("bad-safetensors", f"{found.file} ends before `{source.tensor}` does", hint=hint)
-    findings.check()
-    return stored
-
-
-def _fits(stored: Stored, shape: tuple[int, ...]) -> bool:
-    scalar = shape == (1,) and stored.shape == ()  # as scales of a KV cache may be
-    return stored.dtype in FLOATS and (stored.shape == shape or scalar)
-
-
-def _is_whole(stored: Stored) -> bool:
-    numbers = int(np.prod(stored.shape, dtype=np.int64))
-    return _bytes(stored) == numbers * BYTES[stored.dtype] and stored.file.stat().st_size >= stored.end
+    return either_name(stored, lower(request.spec).tied_names)
 
 
 def _identity(request: Request, stored: dict[str, Stored]) -> Identity:

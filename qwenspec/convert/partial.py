@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from qwenspec.backend.runtime.stored import INDEX
 from qwenspec.convert.plan import Shard
 from qwenspec.convert.rounding import Error
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
-from qwenspec.hf.checkpoint import INDEX
 
 STATE, FINISHED = "conversion.json", "finished.jsonl"
 CONFIG = "config.json"
@@ -35,7 +35,7 @@ class Partial:
         self.folder = out.absolute().with_name(f"{out.absolute().name}.partial")
         self.names = _names(len(shards))
         self.finished: dict[str, Error | None] = {}
-        if self.folder.is_dir() and any(self.folder.iterdir()):
+        if self.folder.is_dir() and {file.name for file in self.folder.iterdir()} - {f"{STATE}.writing"}:
             self._check(identity)
             self._go_on()
         else:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from qwenspec.hf.checkpoint import Stored
+from qwenspec.backend.runtime.stored import Stored
 from qwenspec.ir.nodes import IntFormat, Model, Source
 from qwenspec.ir.quantized import stored_tensors
 

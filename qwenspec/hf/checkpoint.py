@@ -2,60 +2,56 @@
 
 from __future__ import annotations
 
-import json
+import keyword
+import os
 import re
-import struct
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwenspec import source, tree
-from qwenspec.diagnostics import Diagnostic, Location, SpecError
+from qwenspec import tree
+from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers
+from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.hf import json_source, modelopt, modules
 from qwenspec.hf.importer import ImportResult, import_config
 from qwenspec.hf.json_file import read_json
+from qwenspec.hf.tensors import Held
 
-INDEX = "model.safetensors.index.json"
-MAX_HEADER = 100 << 20  # bytes; safetensors' own limit
 CHUNK = 1 << 24
+EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight", "transformer.wte.weight")
+LONGEST_NAME = 100  # characters of a variant's name
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor on disk: its dtype, in safetensors' names, its shape, and where its bytes are."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
-
-
-def import_path(path: str | Path, name: str | None = None) -> ImportResult:
+def import_path(path: str | Path, name: str | None = None, ignore: tuple[str, ...] = ()) -> ImportResult:
     """The spec of a config.json or, checked against its tensors, of a checkpoint folder.
 
-    `name` is the variant's; by default it is the folder's. Raises SpecError for what `import_config` refuses,
-    for a folder without config.json and for safetensors files that cannot be read.
+    `name` is the variant's; by default it is the folder's. `ignore` are patterns (fnmatch) of tensors that nobody
+    needs. Raises SpecError for what `import_config` refuses, for a folder without config.json and for safetensors
+    files that cannot be read.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json" if path.is_dir() else path
-    document = source.parse_file(file)  # JSON is YAML too, and this one keeps places
+    document = json_source.parse_file(file)
     if document.diagnostics:
         raise SpecError(document.diagnostics)
     config: dict[str, Any] = tree.plain(document.root)
+    held, normalize = None, None
     notes: list[str] = []
-    names: Collection[str] | None = None
     if path.is_dir():
-        names, stored = tensors_in(folder)
-        notes += _untie(config, stored)
+        normalize, said = modules.normalizes(folder)
+        held = tensors_in(folder)
+        if not config.get("quantization_config") and (quantized := modelopt.beside(folder)):
+            config["quantization_config"] = quantized
+        notes += [*held.notes, *said, *_untie(config, held.stored)]
     result = import_config(
         config,
         name=variant_name(name or folder.resolve().name.lower()),
         source_file=str(file),
         root=document.root,
-        tensor_names=names,
-        normalize=_normalizes(folder),
+        held=held,
+        normalize=normalize,
+        ignore=ignore,
     )
     return ImportResult(result.tree, (*notes, *result.notes), result.spec)
 
@@ -63,34 +59,33 @@ def import_path(path: str | Path, name: str | None = None) -> ImportResult:
 def variant_name(text: str) -> str:
     """The text with what a variant's name cannot have replaced."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")
-    return name if name[:1].isalpha() else f"imported-{name}".rstrip("-")
+    if not name[:1].isalpha() or keyword.iskeyword(re.sub(r"[-.]", "_", name).lower()):
+        name = f"imported-{name}"
+    return name[:LONGEST_NAME].rstrip("-._")
 
 
-def tensors_in(folder: Path) -> tuple[set[str], dict[str, Stored]]:
-    """Names of all tensors by the index, or by the one file's header; and where those on disk are."""
-    index = read_json(folder / INDEX).get("weight_map")
-    files = sorted({folder / str(name) for name in index.values()} if index else folder.glob("*.safetensors"))
-    if not files:
-        raise _fail(folder, "no-tensors", "the folder has no *.safetensors", "import its config.json by name instead")
-    stored = {name: where for file in files if file.is_file() for name, where in header(file).items()}
-    return set(index or stored), stored
+def tensors_in(folder: Path, whole: bool = False) -> Held:
+    """What the files hold that are the checkpoint.
 
-
-def header(file: Path) -> dict[str, Stored]:
-    """A safetensors file's tensors: 8 bytes of length, that much JSON, then the data it has offsets into."""
-    with file.open("rb") as stream:
-        prefix = stream.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else MAX_HEADER + 1
-        text = stream.read(length) if length <= MAX_HEADER else b""
+    `whole`: all of them must be there. Else those that are not are known by the index alone.
+    Raises SpecError (`checkpoint`, or `json-syntax` and its like for the index) where that cannot be said."""
     try:
-        entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        stored = {}
-        for name, entry in entries.items():
-            start, end = entry["data_offsets"]
-            stored[name] = Stored(file, entry["dtype"], tuple(entry["shape"]), 8 + length + start, 8 + length + end)
-        return stored
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _fail(file, "bad-safetensors", "the header of this safetensors file cannot be read") from None
+        files = choose_files(folder)
+        there = [file for file in files.files if whole or os.path.lexists(file)]
+        stored = read_headers(there)
+    except CheckpointError as error:
+        if str(folder / INDEX) in str(error):
+            read_json(folder / INDEX)  # tells more of mistakes in JSON
+        raise SpecError([Diagnostic("checkpoint", str(error))]) from None
+    notes = list(files.notes)
+    unseen = {tensor for tensor, file in files.indexed.items() if file not in there and tensor not in stored}
+    if absent := len(files.files) - len(there):
+        notes.append(
+            f"{absent:,} of {len(files.files):,} files are not there: of their tensors the names alone are known."
+        )
+    if lost := sorted(set(files.indexed) - unseen - set(stored)):
+        notes.append(f"{INDEX} names {len(lost):,} tensors that its files do not hold, such as {lost[0]}.")
+    return Held(stored, frozenset(unseen), tuple(notes))
 
 
 def same_bytes(a: Stored, b: Stored) -> bool:
@@ -107,36 +102,13 @@ def same_bytes(a: Stored, b: Stored) -> bool:
     return True
 
 
-def _untie(config: dict[str, Any], stored: dict[str, Stored]) -> list[str]:
+def _untie(config: dict[str, Any], stored: Mapping[str, Stored]) -> list[str]:
     """A config.json that ties what the checkpoint holds twice with different values is wrong: untie, as
     Hugging Face does since version 5."""
     head = stored.get("lm_head.weight")
-    embedding = stored.get("model.embed_tokens.weight") or stored.get("transformer.wte.weight")
+    embedding = next((stored[name] for name in EMBEDDINGS if name in stored), None)
     if not (config.get("tie_word_embeddings") and head and embedding) or same_bytes(head, embedding):
         return []
     config["tie_word_embeddings"] = False
     note = "config.json ties the embedding, but the checkpoint holds an lm_head.weight with other values: "
     return [note + "the spec does not tie, as Hugging Face does not."]
-
-
-def _normalizes(folder: Path) -> bool:
-    """Whether embeddings are divided by their norm, by sentence-transformers' modules.json; else true."""
-    path = folder / "modules.json"
-    if not path.is_file():
-        return True
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8"))
-        kinds = [module["type"].rpartition(".")[2] for module in modules]
-        pooling = [
-            read_json(folder / module["path"] / "config.json") for module in modules if "Pooling" in module["type"]
-        ]
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise _fail(path, "bad-modules", "modules.json is not sentence-transformers' list of modules") from None
-    for how in pooling:
-        if how.get("pooling_mode_lasttoken") is False:
-            raise _fail(path, "unsupported-pooling", "only the last token's state is supported as an embedding")
-    return "Normalize" in kinds
-
-
-def _fail(path: Path, code: str, message: str, hint: str = "") -> SpecError:
-    return SpecError([Diagnostic(code, message, Location(str(path), 0, 0), hint)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, get_args
@@ -12,6 +12,7 @@ from qwenspec import tree as source_tree
 from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
+from qwenspec.hf.tensors import Held
 from qwenspec.hf.writer import write_spec
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
@@ -41,14 +42,16 @@ def import_config(
     name: str,
     source_file: str = "config.json",
     root: source_tree.Mapping | None = None,
-    tensor_names: Collection[str] | None = None,
-    normalize: bool = True,
+    held: Held | None = None,
+    normalize: bool | None = None,
+    ignore: tuple[str, ...] = (),
 ) -> ImportResult:
     """The spec of a config.json of model type qwen, qwen2 or qwen3.
 
-    `root` is the parsed file, for places in diagnostics. `tensor_names` are those of the whole checkpoint:
-    they and tying are checked against the config, and an embedding model is known by them. `normalize` says
-    whether an embedding model divides by the norm, which config.json does not say.
+    `root` is the parsed file, for places in diagnostics. `held` is what the checkpoint holds: it and tying are checked
+    against the config, and a released embedding model is known by its tensors. `normalize` is given where
+    sentence-transformers' modules.json makes it an embedding model: whether that divides by the norm. `ignore` are
+    patterns (fnmatch) of tensors that nobody needs.
 
     Raises SpecError with everything that is missing, wrong, contradictory or read by nobody.
     """
@@ -59,8 +62,10 @@ def import_config(
         report.check()
     assert model_type is not None, "a model type that is not allowed was reported"
     architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
-    architecture |= {"dtype": _dtype(keys)} | _head(keys, model_type, tensor_names, normalize)
+    architecture |= {"dtype": _dtype(keys, held)} | _head(keys, model_type, held, normalize)
     layout = _layout(architecture["checkpoint"]["layout"])
+    if ignore:
+        architecture["checkpoint"]["ignore"] = list(ignore)
     has_head = not architecture["tie_word_embeddings"] and architecture.get("lm_head", True) is not None
     quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0, has_head)
     keys.report_unread()
@@ -75,13 +80,13 @@ def import_config(
         "variants": {name: {}},
     }
     spec = _spec(tree, report)
-    if tensor_names is not None:
-        tensors.check(spec, tensor_names, report)
+    if held is not None:
+        tensors.check(spec, held, report)
         report.check()
     return ImportResult(tree, tuple(report.notes), spec)
 
 
-def _dtype(config: Config) -> str | None:
+def _dtype(config: Config, held: Held | None) -> str | None:
     """The weights' dtype: dtype, torch_dtype, params_dtype or Qwen-1's three flags, which must agree."""
     found: dict[str, str] = {}
     for key in ("dtype", "torch_dtype", "params_dtype"):
@@ -97,28 +102,32 @@ def _dtype(config: Config) -> str | None:
     if len(set(found.values())) > 1:
         said = " and ".join(f"`{key}` {dtype}" for key, dtype in found.items())
         config.error("conflict", f"the dtype is given twice: {said}", list(found)[-1])
-    if not found:
-        config.note("The dtype is not given: bfloat16, in which Qwen models are released.")
-    return next(iter(found.values()), "bfloat16")
+    if found:
+        return next(iter(found.values()))
+    if held is not None and (stored := tensors.main_dtype(held)):
+        config.note(f"The dtype is not given: {stored}, that of the checkpoint's tensors.")
+        return stored
+    config.note("The dtype is not given: bfloat16, in which Qwen models are released.")
+    return "bfloat16"
 
 
-def _head(config: Config, model_type: str, names: Collection[str] | None, normalize: bool) -> Tree:
+def _head(config: Config, model_type: str, held: Held | None, normalize: bool | None) -> Tree:
     """Tying, what the model returns, and the checkpoint's layout."""
-    backbone = _is_backbone(config, model_type)
+    backbone = _is_backbone(config, model_type) or normalize is not None
     tied = config.flag("tie_word_embeddings", default=False)
     if model_type == "qwen":
         if backbone:
             config.error("unsupported-architecture", "Qwen-1 has no embedding models", "architectures")
         return {"tie_word_embeddings": tied, "checkpoint": {"layout": "qwen1"}}
+    names = None if held is None else held.names
     prefixless = backbone if names is None else tensors.is_prefixless(names)
     checkpoint = {"layout": "qwen3_embedding" if prefixless else "qwen2"}
-    # Qwen3-Embedding's config.json claims to be a language model: only its tensors tell.
+    # Qwen3-Embedding's config.json claims to be a language model: its tensors tell, and its modules.json.
     if backbone or (names is not None and prefixless and not tensors.has_head(names)):
-        embedding = {"normalize": normalize}
         return {
             "tie_word_embeddings": False,
             "lm_head": None,
-            "embedding": embedding,
+            "embedding": {"normalize": normalize is not False},
             "checkpoint": checkpoint,
         }
     return {"tie_word_embeddings": tied, "checkpoint": checkpoint}

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from qwenspec.diagnostics import Diagnostic, Location, SpecError
+from qwenspec import tree
+from qwenspec.diagnostics import SpecError
+from qwenspec.hf import json_source
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} when there is no such file."""
-    if not path.is_file():
+    """The object in a JSON file, with tuples for lists; {} when there is no such file. Raises SpecError."""
+    if not path.exists():
         return {}
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        place = Location(str(path), error.lineno, error.colno, error.doc.splitlines()[error.lineno - 1])
-        raise SpecError([Diagnostic("json-syntax", f"not valid JSON: {error.msg}", place)]) from None
-    except UnicodeDecodeError:
-        raise SpecError([Diagnostic("not-utf-8", "the file is not UTF-8", Location(str(path), 0, 0))]) from None
-    if not isinstance(tree, dict):
-        raise SpecError([Diagnostic("not-a-mapping", "the file holds no JSON object", Location(str(path), 0, 0))])
-    return tree
+    document = json_source.parse_file(path)
+    if document.diagnostics:
+        raise SpecError(document.diagnostics)
+    content: dict[str, Any] = tree.plain(document.root)
+    return content

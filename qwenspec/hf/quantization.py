@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwenspec.hf import compressed_tensors, gptq_dynamic
+from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
@@ -51,7 +51,7 @@ def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False
     quantized = config.child("quantization_config")
     if quantized is None:
         return None
-    method = quantized.choice("quant_method", (*_READERS, COMPRESSED_TENSORS))
+    method = quantized.choice("quant_method", (*_READERS, COMPRESSED_TENSORS, modelopt.METHOD))
     for key in _RECORDS:
         quantized.get(key)
     if method is None:
@@ -60,6 +60,8 @@ def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False
     modules = weights.linears(layout, num_layers)
     if method == COMPRESSED_TENSORS:
         return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
+    if method == modelopt.METHOD:
+        return modelopt.read(quantized, modules, layout.lm_head if has_head else None)
     if method == OURS:  # others never quantise these
         modules += [layout.embedding, layout.lm_head]
     return _READERS[method](quantized, modules)

@@ -2,21 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from fnmatch import fnmatch
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 
-from qwenspec.diagnostics import listed
+from qwenspec.backend import fitting
+from qwenspec.backend.runtime.stored import Stored, Tensor, wrapper
 from qwenspec.hf.config import Report
 from qwenspec.ir.lower import lower
-from qwenspec.ir.quantized import stored_tensors
+from qwenspec.ir.nodes import Model
+from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 
-SHOWN = 5  # names in one message
+DTYPES: dict[str, Dtype] = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+SHOWN = 5  # tensors in one message
+CODES = {"missing": "missing-tensor", "shape": "wrong-shape", "dtype": "wrong-dtype", "left over": "unknown-tensor"}
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a checkpoint holds.
+
+    unseen: tensors of files that are not there: of them the index has the names alone
+    notes: what a person should know about the choice of files"""
+
+    stored: Mapping[str, Stored]
+    unseen: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> set[str]:
+        return {*self.stored, *self.unseen}
 
 
 def is_prefixless(names: Collection[str]) -> bool:
     """Whether the backbone was saved alone, without `model.` before its names."""
-    return any(name in names for name in ("embed_tokens.weight", "embed_tokens.qweight"))
+    return any(name.startswith(("embed_tokens.", "layers.0.")) for name in names)
 
 
 def has_head(names: Collection[str]) -> bool:
@@ -27,43 +49,63 @@ def has_head(names: Collection[str]) -> bool:
 def expected(spec: Spec) -> tuple[set[str], tuple[str, ...]]:
     """Tensors that the checkpoint must hold, and patterns (fnmatch) of further ones that it may."""
     model = lower(spec)
-    must: set[str] = set()
-    may = [*model.ignored_tensors, *model.zero_tensors]
-    for param in model.params():
-        for source in param.sources:
-            if source.format is None:
-                must.add(source.tensor)
-                continue
-            for tensor in stored_tensors(source, param.shape[1]).values():
-                if tensor.optional:
-                    may.append(tensor.name)
-                else:
-                    must.add(tensor.name)
-    return must, tuple(may)
+    tensors = [tensor for _, tensor in fitting.wanted(model)]
+    optional = (tensor.name for tensor in tensors if tensor.optional)
+    return {tensor.name for tensor in tensors if not tensor.optional}, (*fitting.allowed(model), *optional)
 
 
-def check(spec: Spec, names: Collection[str], report: Report) -> None:
-    """Report tying that does not fit, tensors that are missing and tensors that nobody reads."""
-    must, may = expected(spec)
+def check(spec: Spec, held: Held, report: Report) -> None:
+    """Report tying that does not fit and, in the words of a package that loads it, whatever is wrong with a tensor."""
+    if told := wrapper(held.names):
+        report.error("wrapped-model", told)
+        return
+    model, found = lower(spec), dict(held.stored)
+    needed = {tensor.name: tensor for _, tensor in fitting.wanted(model)}
+    if model.tied_tensor:
+        needed[model.tied_tensor] = needed[model.tied_names[0]]
+    found |= {name: _presumed(name, needed.get(name)) for name in held.unseen}
+    problems: dict[str, list[str]] = {}
+    for problem in fitting.problems(model, found):
+        kind, _, said = problem.partition(": ")
+        problems.setdefault(kind, []).append(said)
     head = f"{spec.layout.lm_head}.weight"
-    if head in must and head not in names:
-        must.discard(head)
+    if lost := [said for said in problems.get("missing", ()) if said.startswith(f"{head} ")]:
+        problems["missing"].remove(lost[0])
         report.error(
             "tying",
             f"the embedding is not tied, and the checkpoint has no `{head}`",
             ("tie_word_embeddings",),
             "set tie_word_embeddings to true if the two share one tensor",
         )
-    elif head in may and head in names:
-        report.notes.append(f"The checkpoint holds `{head}`, which is not read: the embedding is tied.")
-    _tell(report, "missing-tensor", "the checkpoint lacks", sorted(must.difference(names)))
-    unread = sorted(set(names) - must)
-    unknown = [name for name in unread if not any(fnmatch(name, pattern) for pattern in may)]
-    _tell(report, "unknown-tensor", "no parameter of this model reads", unknown)
+    _note_tied(model, found, report)
+    for kind, tensors in problems.items():
+        more = f"; and {len(tensors) - SHOWN} more" if len(tensors) > SHOWN else ""
+        if tensors:
+            report.error(CODES[kind], f"{kind}: {'; '.join(tensors[:SHOWN])}{more}")
 
 
-def _tell(report: Report, code: str, said: str, names: list[str]) -> None:
-    if len(names) > SHOWN:
-        report.error(code, f"{said} {listed(names[:SHOWN], ',')} and {len(names) - SHOWN} more".replace(" ,", ","))
-    elif names:
-        report.error(code, f"{said} {listed(names, 'and')}")
+def _presumed(name: str, needed: Tensor | None) -> Stored:
+    """A tensor that is not there yet: what it will be, if it is asked for."""
+    dtype, shape = (needed.dtypes[0], needed.shape) if needed else ("", ())
+    return Stored(Path(), name, dtype, shape, 0, 0)
+
+
+def _note_tied(model: Model, stored: Mapping[str, Stored], report: Report) -> None:
+    if not model.tied_tensor or model.tied_tensor not in stored:
+        return
+    if model.tied_names[0] in stored:
+        report.notes.append(f"The checkpoint holds `{model.tied_tensor}`, which is not read: the embedding is tied.")
+    else:
+        report.notes.append(
+            f"The tied embedding is read from `{model.tied_tensor}`, under which the checkpoint has it."
+        )
+
+
+def main_dtype(held: Held) -> Dtype | None:
+    """The dtype of most numbers in full precision; None where there are none."""
+    sizes = dict.fromkeys(DTYPES, 0)
+    for tensor in held.stored.values():
+        if tensor.dtype in sizes:
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+    most = max(sizes, key=lambda dtype: sizes[dtype])
+    return DTYPES[most] if sizes[most] else None

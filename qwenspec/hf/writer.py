@@ -54,17 +54,19 @@ def _block(key: str, value: Any, indent: str) -> Iterator[str]:
         yield _commented(flow, key, value)
     else:
         yield f"{name} ["
-        items = ", ".join(map(_flow, value))
-        inside = indent + "  "
-        yield from textwrap.wrap(
-            items,
-            WIDTH,
-            initial_indent=inside,
-            subsequent_indent=inside,
-            break_on_hyphens=False,
-            break_long_words=False,
-        )
+        yield from _filled([*map(_flow, value)], indent + "  ")
         yield f"{indent}]"
+
+
+def _filled(items: list[str], indent: str) -> Iterator[str]:
+    """As many items on a line as fit: none is broken, not even at a space."""
+    line = ""
+    for item in [*(f"{item}," for item in items[:-1]), items[-1]]:
+        if line and len(line) + 1 + len(item) > WIDTH:
+            yield line
+            line = ""
+        line = f"{line} {item}" if line else indent + item
+    yield line
 
 
 def _has_comments(value: dict[str, Any]) -> bool:

@@ -51,9 +51,10 @@ def lower(spec: Spec) -> nodes.Model:
         head=head,
         kv_cache=build.kv_cache,
         checkpoint_layer=spec.layout.layer,
-        ignored_tensors=spec.layout.ignore + _unread_head(spec, head),
+        ignored_tensors=spec.layout.ignore + arch.checkpoint.ignore + _unread_head(spec, head),
         # GPTQ's files may have biases that the model has not.
         zero_tensors=("*.bias",) if isinstance(spec.quantization, Gptq) else (),
+        tied_tensor=_tied_tensor(spec, head),
     )
     weights.check_distinct(model.params())
     return model
@@ -197,6 +198,11 @@ def _unread_head(spec: Spec, head: nodes.Head) -> tuple[str, ...]:
     """A checkpoint may hold a head that the model has no use for, such as a copy of the tied embedding."""
     read = isinstance(head, nodes.LmHead) and not head.tied
     return () if read else (f"{spec.layout.lm_head}.weight",)
+
+
+def _tied_tensor(spec: Spec, head: nodes.Head) -> str | None:
+    tied = isinstance(head, nodes.LmHead) and head.tied and head.weight.sources[0].format is None
+    return f"{spec.layout.lm_head}.weight" if tied else None
 
 
 def _head_dim(arch: Architecture) -> int:

@@ -322,6 +322,12 @@ class Model:
     checkpoint_layer: str  # the checkpoint's name of layer {i}: what its tensors' names start with
     ignored_tensors: tuple[str, ...]  # fnmatch patterns of checkpoint tensors that may be left unread
     zero_tensors: tuple[str, ...]  # … and of those that may only if they hold nothing but zeros
+    tied_tensor: str | None = None  # the LM head's own name, under which some checkpoints hold the tied embedding
+
+    @property
+    def tied_names(self) -> tuple[str, ...]:
+        """The two names under either of which a checkpoint may hold the tied embedding; none where it is not tied."""
+        return (self.embed_tokens.sources[0].tensor, self.tied_tensor) if self.tied_tensor else ()
 
     def params(self) -> tuple[Param, ...]:
         """Every distinct parameter, in the order of the forward pass; a tied weight appears once."""

@@ -8,16 +8,17 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.diagnostics import Diagnostic, Location, SpecError
 from qwenspec.source import parse_file
 from qwenspec.spec.checkpoint import builtin_layouts
-from qwenspec.spec.document import Spec
+from qwenspec.spec.document import Spec, names_a_variant
 from qwenspec.spec.explain import Finding, explain
-from qwenspec.spec.files import layout_node
+from qwenspec.spec.layout import layout_node
 from qwenspec.spec.rules import RULES
-from qwenspec.tree import Entry, Mapping, Path_, at, place, plain
+from qwenspec.tree import Entry, Mapping, Node, Path_, Scalar, at, place, plain
 
 MAX_MISTAKES = 100  # told of one rule
+LAYOUT = ("architecture", "checkpoint", "layout")
 
 # What stands in for a value in error while the rules that do not read it are applied.
 _STAND_INS: dict[tuple[str, ...], Any] = {
@@ -31,14 +32,15 @@ _STAND_INS: dict[tuple[str, ...], Any] = {
     ("architecture", "norm", "eps"): 1.0,
     ("architecture", "rope"): {"theta": 2.0},
     ("architecture", "rope", "theta"): 2.0,
-    ("architecture", "checkpoint", "layout"): "qwen2",
+    LAYOUT: "qwen2",
 }
 
 
 def check(merged: Mapping, variant: str, family: str, description: str, file: str) -> tuple[Spec | None, list[Finding]]:
     """The spec, or None and the findings. Cross-field rules are applied to whatever part of it is valid."""
     root, findings, broken = _with_layout(merged)
-    data = plain(root) | {"variant": variant, "family": family, "description": description, "file": file}
+    name = variant if names_a_variant(variant) else "unnamed"  # what is wrong with a name is told by its file
+    data = plain(root) | {"variant": name, "family": family, "description": description, "file": file}
     data.setdefault("layout", _stand_in_layout())
     try:
         spec = Spec.model_validate(data)
@@ -65,12 +67,30 @@ def _with_layout(merged: Mapping) -> tuple[Mapping, list[Finding], list[Path_]]:
     except SpecError as error:
         layout = None
         findings += [Finding(("layout",), diagnostic) for diagnostic in error.diagnostics]
+    written = at(merged, LAYOUT)
     if layout is None:
+        if isinstance(written, Mapping):  # without those that it extends it would seem to lack names
+            merged = _replaced(merged, LAYOUT, Scalar(_STAND_INS[LAYOUT], written.location))
         return merged, findings, [("layout",)]
-    parent = at(merged, ("architecture", "checkpoint"))
-    inline = isinstance(parent, Mapping) and parent.get("layout") is layout
-    key = parent.entries["layout"].key if isinstance(parent, Mapping) and inline else layout.location
+    key = layout.location
+    if isinstance(written, Mapping):
+        merged, key = _replaced(merged, LAYOUT, layout), _key(merged, LAYOUT)
     return Mapping(merged.entries | {"layout": Entry(key, layout)}, merged.location), findings, []
+
+
+def _key(node: Node, path: tuple[str, ...]) -> Location:
+    """Where the last key of `path` was written."""
+    parent = at(node, path[:-1])
+    assert isinstance(parent, Mapping)
+    return parent.entries[path[-1]].key
+
+
+def _replaced(node: Node, path: tuple[str, ...], value: Node) -> Mapping:
+    """The tree with another value at `path`, where it has one."""
+    assert isinstance(node, Mapping)
+    entry = node.entries[path[0]]
+    inner = _replaced(entry.value, path[1:], value) if path[1:] else value
+    return Mapping(node.entries | {path[0]: Entry(entry.key, inner)}, node.location)
 
 
 def _overlap(path: Path_, read: Path_) -> bool:

@@ -36,6 +36,11 @@ class MlpNames(Model):
 class Layout(Model):
     """Module names of a checkpoint; `.weight` and `.bias` are appended. `{i}` in `layer` is the layer's index."""
 
+    extends: Name | None = Field(
+        default=None,
+        exclude=True,  # of a loaded spec it is None: the other layout's names are among these
+        description="Start from another layout: a built-in one's name, or a YAML file (relative to this one).",
+    )
     embedding: Name
     layer: Name
     input_norm: Name
@@ -50,10 +55,14 @@ class Layout(Model):
 
 
 class Checkpoint(Model):
-    """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself."""
+    """`layout` names a built-in layout, a YAML file beside the spec, or is the layout itself, which may extend one;
+    `ignore` adds to its own."""
 
     layout: str | Layout = Field(
         description="A built-in layout's name (qwen1, qwen2, qwen3_embedding), a YAML file, or the names themselves."
+    )
+    ignore: tuple[Name, ...] = Field(
+        default=(), description="Patterns (fnmatch) of further tensors that this checkpoint holds and nobody reads."
     )
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
+import re
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Model
@@ -14,6 +16,7 @@ from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.kv_cache import KvCache
 from qwenspec.spec.quantization import Quantization
 
+VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
 BESIDE = ("quantization", "kv_cache")  # the architecture: keys of a document, a variant and a spec
 
 Extends = Field(
@@ -60,8 +63,18 @@ class Document(Model):
     )
 
 
+def names_a_variant(text: str) -> bool:
+    """A variant's name becomes that of a folder and of a Python package."""
+    return bool(re.fullmatch(VARIANT_NAME, text)) and len(text) <= 100 and not keyword.iskeyword(module_name(text))
+
+
+def module_name(variant: str) -> str:
+    """How a variant's name begins that of its packages."""
+    return re.sub(r"[-.]", "_", variant).lower()
+
+
 class Spec(Model):
-    """One variant, complete. Equality and `sha256` ignore where it came from."""
+    """One variant, complete. `sha256` ignores where it came from."""
 
     schema_version: Literal[1] = 1
     family: str
@@ -74,6 +87,13 @@ class Spec(Model):
     file: str = Field(default="", exclude=True)
     # Keys and names that the command line put in place of what the file says.
     options: tuple[tuple[str, str], ...] = Field(default=(), exclude=True)
+
+    @field_validator("variant")
+    @classmethod
+    def _is_a_name(cls, variant: str) -> str:
+        if not names_a_variant(variant):
+            raise ValueError("it cannot name a variant")
+        return variant
 
     def sha256(self) -> str:
         """Hash of what the spec means: comments, order and file name do not change it."""

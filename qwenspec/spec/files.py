@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import keyword
 import os
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import NoReturn
 
 from pydantic import ValidationError
 
 from qwenspec import source, tree
-from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
+from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, near, nearest
+from qwenspec.spec import bundled
 from qwenspec.spec.architecture import Architecture
-from qwenspec.spec.checkpoint import Checkpoint, builtin_layouts
-from qwenspec.spec.document import BESIDE, Document, Variant
+from qwenspec.spec.document import BESIDE, Document, Variant, module_name, names_a_variant
 from qwenspec.spec.explain import explain, found, unknown_key
 from qwenspec.spec.merge import merge
 from qwenspec.spec.shape import fields
-from qwenspec.tree import Entry, Mapping, Node, Scalar, place, plain
+from qwenspec.tree import Entry, Mapping, Scalar, place, plain
 
 MAX_EXTENDS = 32
-VARIANT_NAME = "[A-Za-z](?:[A-Za-z0-9._-]*[A-Za-z0-9])?"
+MAX_CHOICES = 8  # variants that a hint lists
 _OWN_KEYS = tuple(Variant.model_fields)
 
 
@@ -77,9 +74,10 @@ class Files:
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
-        path = os.path.realpath(name)
+        source.refuse_unprintable(name, wanted_by or Location(name, 0, 0))
+        path = os.path.realpath(bundled.path_of(name))
         if path not in self._files:
-            document = source.parse_file(name, wanted_by)
+            document = source.parse(source.read(bundled.path_of(name), wanted_by), name)
             self._files[path] = SpecFile(name, path, document.root, _problems(document, name, path))
         return self._files[path]
 
@@ -122,10 +120,14 @@ class Files:
         node = mapping.get("extends")
         if not isinstance(node, Scalar) or not isinstance(node.value, str) or not node.value:
             return None  # absent, or reported as a wrong type
-        path, _, name = node.value.partition("#")
+        named = node.value
+        if named.startswith(bundled.PREFIX):
+            named = bundled.resolve(named, node.location)
+        path, _, name = named.partition("#")
         base = file
         if path:
-            base = self.open(os.path.normpath(Path(node.location.file).parent / path), node.location)
+            where = path if path.startswith(bundled.PREFIX) else _relative(node.location, path)
+            base = self.open(where, node.location)
             if base is not file and base.problems:
                 raise SpecError(base.problems)
         return base, variant_named(base, name or None, node.location), node.location
@@ -144,6 +146,11 @@ class Files:
             _fail("extends-too-long", f"a chain of more than {MAX_EXTENDS} `extends`", step.named_at)
 
 
+def _relative(location: Location, name: str) -> str:
+    """A file as another names it: relative to the folder that it is in."""
+    return os.path.normpath(Path(location.file).parent / name)
+
+
 _MERGED = ("architecture", *BESIDE)
 
 
@@ -160,49 +167,26 @@ def variant_named(file: SpecFile, name: str | None, wanted_by: Location | None =
     if name is None:
         chosen = file.default()
         if chosen is None:
-            hint = f"name one of {listed(names)}, or set `default_variant`" if names else ""
+            hint = f"{_some(names, file.name)}, or set `default_variant`" if names else ""
             _fail("no-default-variant", f"`{file.name}` has {len(names)} variants and no default", where, hint)
         return chosen
     if name not in names:
-        _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, _choices(name, names))
+        hint = _choices(name, names, file.name)
+        _fail("unknown-variant", f"`{file.name}` has no variant `{name}`", where, hint)
     return name
 
 
-def layout_node(architecture: Node | None) -> Node | None:
-    """The tree of the checkpoint layout that an architecture names, or None when that is in error elsewhere.
-
-    A name with a slash or a .yaml ending is a file, relative to the file in which it was written.
-    """
-    node = tree.at(architecture, ("checkpoint", "layout"))
-    if isinstance(node, Mapping):
-        return node
-    if node is None:
-        default = Architecture.model_fields["checkpoint"].default
-        assert isinstance(default, Checkpoint)
-        return _builtin_layout(str(default.layout))
-    if not isinstance(node, Scalar) or not isinstance(node.value, str):
-        return None
-    if node.value in builtin_layouts():
-        return _builtin_layout(node.value)
-    if "/" not in node.value and not node.value.endswith((".yaml", ".yml")):
-        hint = f"{_choices(node.value, builtin_layouts())}, a YAML file such as `./names.yaml`, or the names themselves"
-        _fail("unknown-layout", f"there is no layout `{node.value}`", node.location, hint)
-    document = source.parse_file(
-        os.path.normpath(Path(node.location.file).parent / node.value), wanted_by=node.location
-    )
-    if document.diagnostics:
-        raise SpecError(document.diagnostics)
-    return document.root
+def _some(names: dict[str, Entry], file: str) -> str:
+    return "name one" + (f" of {listed(names)}" if len(names) <= MAX_CHOICES else f": `qwenspec list {file}` shows all")
 
 
-@cache
-def _builtin_layout(name: str) -> Mapping:
-    return source.parse_file(builtin_layouts()[name]).root
-
-
-def _choices(word: str, allowed: dict[str, Entry] | dict[str, Path]) -> str:
-    close = nearest(word, allowed)
-    return (f"did you mean `{close}`? " if close else "") + f"there is {listed(allowed, 'and')}"
+def _choices(word: str, allowed: dict[str, Entry], file: str) -> str:
+    """What may stand in place of `word`; of very many the closest, and what shows the rest."""
+    if len(allowed) > MAX_CHOICES:
+        close = near(word, allowed)
+        return (f"did you mean {close}? " if close else "") + f"`qwenspec list {file}` shows all {len(allowed)}"
+    meant = nearest(word, allowed)
+    return (f"did you mean `{meant}`? " if meant else "") + f"there is {listed(allowed, 'and')}"
 
 
 def _fail(code: str, message: str, location: Location, hint: str = "") -> NoReturn:
@@ -244,10 +228,10 @@ def _bad_names(file: SpecFile) -> Iterator[Diagnostic]:
     """A variant's name becomes a file's and a Python package's."""
     taken: dict[str, str] = {}
     for name, entry in file.variants().items():
-        module = re.sub(r"[-.]", "_", name).lower()
+        module = module_name(name)
         if not name:
             continue  # a missing family, reported as such
-        if not re.fullmatch(VARIANT_NAME, name) or len(name) > 100 or keyword.iskeyword(module):
+        if not names_a_variant(name):
             message = f"`{name[:100]}` cannot name a variant: it becomes a folder's and a Python package's name"
             hint = "begin with a letter and use letters, digits, `-`, `_` and `.`"
             yield Diagnostic("variant-name", message, entry.key, hint)
@@ -264,4 +248,4 @@ def _bad_default(file: SpecFile) -> Iterator[Diagnostic]:
         yield Diagnostic("no-variants", "`variants` is empty", place(file.root, ("variants",)), hint)
     elif isinstance(chosen, Scalar) and isinstance(chosen.value, str) and chosen.value not in names:
         message = f"there is no variant `{chosen.value}`"
-        yield Diagnostic("unknown-variant", message, chosen.location, _choices(chosen.value, names))
+        yield Diagnostic("unknown-variant", message, chosen.location, _choices(chosen.value, names, file.name))

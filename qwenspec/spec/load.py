@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
+from qwenspec.spec.bundled import resolve
 from qwenspec.spec.check import check
 from qwenspec.spec.document import Spec
 from qwenspec.spec.explain import Finding
@@ -25,9 +26,10 @@ _RULE_CODES = {rule.code for rule in RULES}
 def load(path: str | Path, variant: str | None = None) -> Spec:
     """The spec of one variant; without a name, the one after `#` in `path`, else the file's default.
 
+    `path` may also be the name of a variant that comes with qwenspec, `qwen3-0.6b`: see `qwenspec.spec.bundled`.
     Raises SpecError with every mistake of the variant and of what its file says for all.
     """
-    name, chosen = _split(path, variant)
+    name, chosen = _split(resolve(str(path)), variant)
     files = Files()
     file = files.open(name)
     variant = variant_named(file, chosen)
@@ -46,10 +48,10 @@ def variants(path: str | Path) -> list[str]:
     return list(Files().open(str(path)).variants())
 
 
-def _split(path: str | Path, variant: str | None) -> tuple[str, str | None]:
-    name, mark, chosen = str(path).rpartition("#")
+def _split(path: str, variant: str | None) -> tuple[str, str | None]:
+    name, mark, chosen = path.rpartition("#")
     if not mark or os.path.exists(path):
-        return str(path), variant
+        return path, variant
     if variant is not None and variant != chosen:
         message = f"two variants are named: `{chosen}` in the path, and `{variant}`"
         raise SpecError([Diagnostic("two-variants", message, Location(name, 0, 0), "name one")])

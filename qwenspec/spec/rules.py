@@ -207,6 +207,10 @@ def layer_has_an_index(spec: Spec) -> Iterator[Mistake]:
     if layer.count("{i}") != 1 or set("{}") & set(layer.replace("{i}", "")):
         message = f'`layer` must hold `{{i}}`, the layer\'s index, once; found "{layer}"'
         yield Mistake(("layout", "layer"), message, "for example `model.layers.{i}`")
+    for path, _, name in _module_names(spec.layout):
+        if "{i}" in name:
+            message = f"`{{i}}` in `{name}`: a layer's index stands in the name of `layer` alone"
+            yield Mistake(path, message, "write the name as the checkpoint has it")
 
 
 @rule("layout-parts", "layout")

@@ -8,8 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from qwenspec.spec.architecture import Architecture
-from qwenspec.spec.document import Document
-from qwenspec.spec.files import VARIANT_NAME
+from qwenspec.spec.document import VARIANT_NAME, Document
 from qwenspec.spec.kv_cache import KvCache
 from qwenspec.spec.quantization import Quantization
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from qwenspec.backend.runtime.stored import CheckpointError, read_headers
+from qwenspec.backend.runtime.stored import CheckpointError, choose_files, either_name, read_headers
 from qwenspec.diagnostics import Diagnostic, SpecError
 
 
 class StoredTensors(Mapping[str, "npt.NDArray[Any]"]):
     """Name -> array, read from the safetensors files whenever it is asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises SpecError (`checkpoint`) for a folder whose files cannot be read."""
+    def __init__(self, folder: Path, tied: Sequence[str] = ()) -> None:
+        """tied: names of one tensor, the second of which is used where the first is not there.
+
+        Raises SpecError (`checkpoint`) for a folder whose files cannot be read."""
         try:
-            self._stored = read_headers(folder)
+            self._stored = either_name(read_headers(choose_files(folder).files), tied)
         except CheckpointError as error:
             raise SpecError([Diagnostic("checkpoint", str(error))]) from error
 
@@ -30,10 +32,11 @@ class StoredTensors(Mapping[str, "npt.NDArray[Any]"]):
 
         stored = self._stored[name]
         if stored.dtype == "F8_E4M3":  # safetensors has none for NumPy
-            raw = np.frombuffer(_read(stored.file, name), ml_dtypes.float8_e4m3fn)
-            return raw.reshape(stored.shape)
+            return np.fromfile(
+                stored.file, ml_dtypes.float8_e4m3fn, math.prod(stored.shape), offset=stored.start
+            ).reshape(stored.shape)
         with safe_open(stored.file, framework="np") as tensors:
-            array: npt.NDArray[Any] = tensors.get_tensor(name)
+            array: npt.NDArray[Any] = tensors.get_tensor(stored.name)
         return array
 
     def __iter__(self) -> Iterator[str]:
@@ -41,12 +44,3 @@ class StoredTensors(Mapping[str, "npt.NDArray[Any]"]):
 
     def __len__(self) -> int:
         return len(self._stored)
-
-
-def _read(file: Path, name: str) -> bytes:
-    """A tensor's bytes: the file begins with its header's length in 8 bytes, and the header, in JSON."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        start, end = json.loads(opened.read(length))[name]["data_offsets"]
-        opened.seek(8 + length + start)
-        return opened.read(end - start)

@@ -15,8 +15,9 @@ import numpy.typing as npt
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.backend.runtime.checkpoint import CheckpointError, read_manifest
 from qwenspec.backend.runtime.quantized import read_quantized
-from qwenspec.backend.runtime.stored import read_headers
+from qwenspec.backend.runtime.stored import choose_files, either_name, read_headers
 from qwenspec.diagnostics import Diagnostic, SpecError
+from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.reference import Reference
@@ -109,7 +110,8 @@ def differing(actual: Shapes, expected: Shapes) -> list[str]:
 def check_fits(spec: Spec, folder: Path) -> None:
     """Raises SpecError (`checkpoint`) when the tensors in a checkpoint folder are not those that the spec asks for."""
     try:
-        stored = {name: tuple(header.shape) for name, header in read_headers(folder).items()}
+        headers = either_name(read_headers(choose_files(folder).files), lower(spec).tied_names)
+        stored = {name: header.shape for name, header in headers.items()}
     except CheckpointError as error:
         raise SpecError([Diagnostic("checkpoint", str(error))]) from error
     needed = tensors_read(spec)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from qwenspec.backend.api import Runner
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import open_runner
+from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks
 from qwenspec.verify.checkpoint import StoredTensors
@@ -63,7 +64,7 @@ def _weights(case: Case) -> Mapping[str, npt.NDArray[Any]]:
     """As the reference reads them."""
     if case.weights is None:
         return dict(Dequantized(case.spec, stored_weights(case.spec, case.seed)))
-    return Dequantized(case.spec, StoredTensors(case.weights))
+    return Dequantized(case.spec, StoredTensors(case.weights, lower(case.spec).tied_names))
 
 
 # Examples that are made smaller, and workloads on one spec, open the same packages again and again.

@@ -25,9 +25,9 @@ import numpy as np
 
 from qwenspec.verify.rank_worker import Answer, Failure, Handle, Request
 
-PATIENCE = 60.0  # seconds until the first rank has answered
-OPENING = 300.0  # the same where something is made, as models are, which may take compiling
-GRACE = 30.0  # seconds that the others may take longer
+PATIENCE = 300.0  # seconds until the first rank has answered
+OPENING = 1200.0  # the same where something is made, as models are, which may take compiling
+GRACE = 120.0  # seconds that the others may take longer
 FAREWELL = 3.0  # seconds in which ranks may end by themselves
 TOLD = 2000  # characters of what a rank printed
 
@@ -46,7 +46,7 @@ class _Rank:
         others = {"OMP_NUM_THREADS": "1", "TVM_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
         others["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # for the modules of functions that it is sent
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwenspec.verify.rank_worker", str(theirs.fileno())],
+            [sys.executable, "-P", "-m", "qwenspec.verify.rank_worker", str(theirs.fileno())],
             env=os.environ | others | {name: str(value) for name, value in told.items()},
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
@@ -152,7 +152,7 @@ class RankPool:
     def _gone(self, number: int) -> RankFailure:
         rank = self._ranks[number]
         with contextlib.suppress(subprocess.TimeoutExpired):
-            rank.process.wait(5)
+            rank.process.wait(GRACE)
         return self._broken(f"rank {number} of {self.size} has ended with {rank.process.poll()}", [number])
 
     def _silent(self, numbers: Sequence[int], answers: Mapping[int, Answer]) -> RankFailure:

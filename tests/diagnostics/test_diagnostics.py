@@ -25,6 +25,7 @@ CODE = re.compile(r"error\[([a-z0-9-]+)\]")
 ELSEWHERE = {
     "not-a-file": "a directory",
     "unreadable-file": "a name that no file can have",
+    "unprintable-path": "the same",
     "file-too-large": "two megabytes",
     "two-variants": "the same file with two variants",
     "too-many-errors": "more errors than anyone reads",
@@ -105,6 +106,8 @@ def provoke(code: str, folder: Path) -> None:
             load_all(folder)
         case "unreadable-file":
             load_all("a" * 5000)
+        case "unprintable-path":
+            load_all(folder / "a\nb.yaml")
         case "file-too-large":
             path.write_bytes(b"#" * (2 << 20))
             load_all(path)

@@ -31,7 +31,7 @@ def settled(collective: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(collective)
     def call(*arguments: Any) -> None:
-        before, until = uses(arguments), time.monotonic() + 5
+        before, until = uses(arguments), time.monotonic() + 60
         collective(*arguments)
         while uses(arguments) != before and time.monotonic() < until:
             time.sleep(0.0005)

@@ -6,10 +6,13 @@ WITH facts that ranks compare, as JSON.
 
 from __future__ import annotations
 
+import atexit
+import importlib
 import json
 import os
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, sys.argv[1])
@@ -44,6 +47,12 @@ def add_up_for_ever() -> None:
         dist.all_reduce(torch.ones(1))
 
 
+def say_threads() -> None:
+    """Those of the process group that are still there."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    say([name for name in names if "gloo" in name])
+
+
 def load() -> int:
     if FAILS:
         raise ValueError(os.environ.get("REASON") or f"file {RANK} is not readable")
@@ -70,6 +79,13 @@ def main(scenario: str) -> None:
         if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
             facts["attempt"] = RANK
         add_up(ranks.join("cpu", **facts))
+    elif scenario == "end":
+        atexit.register(say_threads)  # before joining, and so called after leaving
+        here = ranks.join("cpu")
+        importlib.import_module("torch.distributed.nn")
+
+        say_threads()
+        add_up(here)
     elif scenario == "load":
         say(ranks.together(ranks.join("cpu"), load))
     elif scenario == "fail":

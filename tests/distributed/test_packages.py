@@ -16,7 +16,6 @@ import pytest
 
 import qwenspec
 from distributed.processes import (
-    LIMIT,
     all_gone,
     by_hand,
     environment,
@@ -88,10 +87,8 @@ def test_a_rank_that_is_killed_while_tokens_come(backend: str, here: Path) -> No
     assert process.stdout.read(5)
     pid = rank_pid(here, 1)
     assert pid is not None
-    begin = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     ((code, _, err),) = finish(process)
-    assert time.monotonic() - begin < LIMIT
     assert code == 128 + signal.SIGKILL
     assert [line for line in err.splitlines() if not line.startswith("note: compiling")] == [
         "error: rank 1 was ended by SIGKILL"
@@ -127,7 +124,7 @@ def test_ranks_end_when_the_command_is_killed(here: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.read(5)
     process.kill()
-    assert all_gone(here, 10)
+    assert all_gone(here)
     finish(process)
 
 
@@ -140,7 +137,7 @@ def test_ctrl_c_at_torchrun_while_tokens_come(here: Path) -> None:
     ((code, _, err),) = finish(process)
     assert code != 0
     assert err.count("Traceback") == 1, "torchrun's own"
-    assert left(here) == []
+    assert all_gone(here)
 
 
 def truncate(weights: Path) -> str:
@@ -159,9 +156,7 @@ def test_a_checkpoint_that_one_rank_cannot_read(spoil: Callable[[Path], str], he
     shutil.copytree(here / "weights", here / "other" / "weights")
     kind = spoil(here / "other" / "weights")
     commands = [["-m", "tiny_triton", *options(folder, 10)] for folder in (here, here / "other")]
-    begin = time.monotonic()
     ended = finish(*by_hand(commands, PYTHONPATH=str(here)))
-    assert time.monotonic() - begin < LIMIT
     assert [(code, out) for code, out, _ in ended] == [(2, "")] * 2
     screen = "".join(err for _, _, err in ended)
     assert screen.startswith(f"error: rank 1 on {os.uname().nodename}: {kind}")

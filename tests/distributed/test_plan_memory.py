@@ -18,7 +18,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from distributed.gpu_memory import LiveBytes, Measured, gpu_path, load, load_nothing, measure, one_of
-from distributed.processes import torchrun
+from distributed.processes import PATIENCE, torchrun
 from hf_parity.oracle import merge
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
@@ -186,7 +186,7 @@ def test_ranks_that_work_together(case: str, degree: int, tmp_path: Path) -> Non
     command = [*map(str, [RANK, package, weights, tmp_path]), json.dumps(TOGETHER)]
     launcher = torchrun(degree, *command, PYTHONPATH=paths)
     try:
-        _, errors = launcher.communicate(timeout=120)
+        _, errors = launcher.communicate(timeout=PATIENCE)
     finally:
         launcher.kill()
     assert launcher.returncode == 0, errors

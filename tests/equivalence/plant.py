@@ -1,10 +1,13 @@
 """Plant mistakes, one at a time, in a copy of the sources, and see which test of the suite notices.
 
-python tests/equivalence/plant.py [NAME ...] [--jobs 2] [--docs docs/mutants.md]
+python tests/equivalence/plant.py [NAME ...] [--only suite|files] [--jobs 2] [--docs docs/mutants.md]
 
-Without names: a control run without any mistake, which must pass, and every mistake. Exit status 1 when the control
+Without names: control runs without any mistake, which must pass, and every mistake. Exit status 1 when a control
 fails or a mistake survives. What was found is kept in build/mutants.json, from which --docs writes its table: mistakes
 can be planted in several runs. NAME may have wildcards: 'tvm_*'.
+
+Most mistakes in what a model computes are for the equivalence suite, hours for all of them. The others name the files
+of tests that must notice them, and take seconds each: --only files.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,13 +37,17 @@ from mutants_quantized import QUANTIZED_MUTANTS
 from mutants_quantized_kernels import QUANTIZED_KERNELS
 
 KEPT = ROOT / "build/mutants.json"
-COPIED = ("qwenspec", "backends", "tests", "pyproject.toml")
+COPIED = (
+    *("qwenspec", "backends", "tests", "pyproject.toml", "specs", "examples", "generated", "docs", "README.md"),
+    *("LICENSE", "Makefile"),
+)
 TESTS = "tests/equivalence"
 OVERLAY = "EQUIVALENCE_OVERLAY"  # the copy that the tests must import
 CONTROL = "control"
+CONTROL_OF_FILES = "control_of_files"
 SURVIVED = "no test failed"
 TIME_LIMIT = 1200  # seconds of a stage
-FAILED = re.compile(r"^FAILED (\S+)(?: - (.*))?$", re.M)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
 OF_WORKLOADS = ("edges", "long", "features", "quantized", "kv_cache", "machines", "parallel")
@@ -54,6 +61,7 @@ TRITON_ALONE = [*WORKLOADS, "-k", "not all_backends and not tvm"]
 WITH_TVM = [*WORKLOADS, "-k", "all_backends or tvm"]
 OF_KERNELS = ("edges", "long", "interpreter", "quantized")
 INTERPRETER = ["-m", "interpreter", *(f"{TESTS}/test_{name}.py" for name in OF_KERNELS)]
+CPU = "not interpreter and not aot and not gpu"
 
 
 @dataclass(frozen=True)
@@ -79,8 +87,19 @@ def pytest_configure(config: pytest.Config) -> None:
             raise pytest.UsageError(f"{package.__file__} is not in {os.environ[OVERLAY]}")
 
 
+@dataclass(frozen=True)
+class Planting:
+    """What is run: parts of the suite, each a process's arguments, with a mistake or, as a control, without."""
+
+    name: str
+    mutant: Mutant | None
+    stages: list[list[str]]
+
+
 def stages(mutant: Mutant | None) -> list[list[str]]:
-    """The parts of the suite that can notice a mistake, each a process's arguments."""
+    """The parts of the suite that can notice a mistake, each a process's arguments; without one, all of them."""
+    if mutant is not None and mutant.tests:
+        return files([mutant])
     if mutant in QUANTIZED_MUTANTS:
         return [LOADING, PROPERTIES, TRITON_ALONE, WITH_TVM]
     if mutant is not None and mutant in QUANTIZED_KERNELS:
@@ -103,16 +122,24 @@ def stages(mutant: Mutant | None) -> list[list[str]]:
     return [TRITON_ALONE, WITH_TVM, PROPERTIES, INTERPRETER]
 
 
-def plant(mutant: Mutant | None, sources: Path) -> Result:
-    """Run the suite on a copy of the sources that has the mistake, until a test fails."""
-    name, start = mutant.name if mutant else CONTROL, time.monotonic()
+def files(mutants: Iterable[Mutant]) -> list[list[str]]:
+    """The tests that these mistakes name, each once: a process for all, and one for those in Triton's interpreter."""
+    interpreted = dict.fromkeys(test for mutant in mutants if mutant.interpreted for test in mutant.tests)
+    others = dict.fromkeys(test for mutant in mutants if not mutant.interpreted for test in mutant.tests)
+    marked = ((CPU, others), ("interpreter", interpreted))
+    return [["-m", mark, *tests] for mark, tests in marked if tests]
+
+
+def plant(planting: Planting, sources: Path) -> Result:
+    """Run the parts on a copy of the sources that has the mistake, until a test fails."""
+    name, mutant, start = planting.name, planting.mutant, time.monotonic()
     with tempfile.TemporaryDirectory(prefix="planted-") as folder:
         overlay = Path(folder).resolve()
         shutil.copytree(sources, overlay, dirs_exist_ok=True)
         if mutant:
             mutant.apply(overlay)
         examples = 0
-        for arguments in stages(mutant):
+        for arguments in planting.stages:
             done = run(overlay, arguments)
             found, ran = read_report(overlay / "report.json")
             examples += ran
@@ -151,7 +178,9 @@ def run(overlay: Path, arguments: Sequence[str]) -> subprocess.CompletedProcess[
         environment["TRITON_INTERPRET"] = "1"
     report = overlay / "report.json"
     report.unlink(missing_ok=True)
-    command += [*arguments, f"--equivalence-report={report}"]
+    command += arguments
+    if any(argument.startswith(TESTS) for argument in arguments):  # the option is that folder's
+        command.append(f"--equivalence-report={report}")
     try:
         return subprocess.run(
             command, cwd=overlay, env=environment, capture_output=True, text=True, timeout=TIME_LIMIT, check=False
@@ -192,10 +221,11 @@ def table(results: dict[str, Result]) -> str:
     lines = [
         "# Planted mistakes",
         "",
-        "The proof suite is tested by mistakes: each is planted alone in a copy of the sources, and the `ci` profile",
-        "must fail. `tests/equivalence/plant.py` wrote this page. A pair is what disagreed: a contender and what it is",
-        "compared with; without one, a property of one part failed. Examples are those of the random workloads up to",
-        "the failure.",
+        "The tests are tested by mistakes: each is planted alone in a copy of the sources, and a test must fail. For a",
+        "mistake in what a model computes that is one of the proof suite, in its `ci` profile; the others name the",
+        "files that must notice them. `tests/equivalence/plant.py` wrote this page. A pair is what disagreed: a",
+        "contender and what it is compared with; without one, a property of one part failed. Examples are those of the",
+        "random workloads up to the failure.",
         "",
         "| file | mistake | lesson | noticed by | pair | examples | seconds |",
         "|---|---|---|---|---|---:|---:|",
@@ -227,12 +257,15 @@ def keep(result: Result) -> None:
     KEPT.write_text(json.dumps({name: asdict(one) for name, one in sorted(results.items())}, indent=1))
 
 
-def chosen(names: Sequence[str]) -> list[Mutant | None]:
-    """The mistakes of these names; of none: the control, and all of them."""
-    if not names:
-        return [None, *MUTANTS]
-    found: list[Mutant | None] = [None] if CONTROL in names else []
-    found += [mutant for mutant in MUTANTS if any(fnmatch.fnmatch(mutant.name, name) for name in names)]
+def chosen(names: Sequence[str], only: str | None) -> list[Planting]:
+    """The mistakes and controls of these names; of none: all of them. `only`: those that are noticed there."""
+    of_files = [mutant for mutant in MUTANTS if mutant.tests]
+    controls = [Planting(CONTROL, None, stages(None)), Planting(CONTROL_OF_FILES, None, files(of_files))]
+    everything = controls + [Planting(mutant.name, mutant, stages(mutant)) for mutant in MUTANTS]
+    there = {CONTROL_OF_FILES, *(mutant.name for mutant in of_files)}
+    if only:
+        everything = [planting for planting in everything if (planting.name in there) == (only == "files")]
+    found = [one for one in everything if not names or any(fnmatch.fnmatch(one.name, name) for name in names)]
     if not found:
         raise SystemExit(f"no mistake is called {', '.join(names)}")
     return found
@@ -241,17 +274,18 @@ def chosen(names: Sequence[str]) -> list[Mutant | None]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
+    parser.add_argument("--only", choices=["suite", "files"], help="mistakes for the suite, or for the files they name")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--docs", type=Path, metavar="FILE")
     args = parser.parse_args()
     wrong = 0
-    mutants = chosen(args.names)
+    plantings = chosen(args.names, args.only)
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder, ThreadPoolExecutor(args.jobs) as pool:
         copy_sources(Path(folder))
-        for done in as_completed([pool.submit(plant, mutant, Path(folder)) for mutant in mutants]):
+        for done in as_completed([pool.submit(plant, planting, Path(folder)) for planting in plantings]):
             result = done.result()
             keep(result)
-            wrong += result.reason != SURVIVED if result.name == CONTROL else result.test is None
+            wrong += result.reason != SURVIVED if result.name in (CONTROL, CONTROL_OF_FILES) else result.test is None
             print(f"{result.name:36} {result.seconds:5} s  {result.test} {result.pair}: {result.reason}", flush=True)
     if args.docs:
         args.docs.write_text(table(load_results()))

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import jinja2
 import pytest
+import yaml
 from mutant import ROOT, Mutant
-from mutants import MUTANTS
+from mutants import FILES, MUTANTS, listed
 
 # Every part of the house that decides what a model computes, and how many mistakes it has at least.
 PARTS = {
@@ -27,6 +28,7 @@ PARTS = {
     "backends/qwenspec_triton/runtime/": 2,
     "backends/qwenspec_tvm/runtime/": 2,
 }
+OF_FILES = 0  # mistakes outside of what a model computes, at least
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
@@ -38,6 +40,8 @@ def test_a_mistake_is_one_text_of_a_source_that_still_reads(mutant: Mutant, tmp_
     before, after = (ROOT / mutant.file).read_text(encoding="utf-8"), copy.read_text(encoding="utf-8")
     if copy.suffix == ".py":
         assert ast.dump(ast.parse(after)) != ast.dump(ast.parse(before)), "it changes no code"
+    elif copy.suffix == ".yaml":
+        assert yaml.safe_load(after) != yaml.safe_load(before), "it changes no value"
     else:
         jinja2.Environment().parse(after)
         assert after.split() != before.split(), "it changes no code"
@@ -50,6 +54,16 @@ def test_a_mistake_whose_text_is_gone_is_an_error(tmp_path: Path) -> None:
             Mutant("none", "file.py", old, "", "").apply(tmp_path)
 
 
+def test_tests_that_must_notice_are_there() -> None:
+    named = {test.partition("::")[0] for mutant in MUTANTS for test in mutant.tests}
+    assert [test for test in sorted(named) if not (ROOT / test).is_file()] == []
+
+
+def test_every_file_of_mistakes_is_planted() -> None:
+    assert {file.stem for file in Path(__file__).parent.glob("mutants_*.py")} == set(FILES)
+    assert all(set(listed(file)) <= set(MUTANTS) for file in FILES)
+
+
 def test_names_are_unique() -> None:
     assert [name for name, count in Counter(mutant.name for mutant in MUTANTS).items() if count > 1] == []
 
@@ -57,7 +71,8 @@ def test_names_are_unique() -> None:
 def test_every_part_of_the_house_has_mistakes() -> None:
     found = {part: sum(mutant.file.startswith(part) for mutant in MUTANTS) for part in PARTS}
     assert {part: count for part, count in found.items() if count < PARTS[part]} == {}
-    assert len(MUTANTS) >= 50
+    assert sum(not mutant.tests for mutant in MUTANTS) >= 50
+    assert sum(bool(mutant.tests) for mutant in MUTANTS) >= OF_FILES
 
 
 def test_what_only_the_interpreter_runs_is_in_kernels() -> None:

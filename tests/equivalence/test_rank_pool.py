@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -99,13 +98,12 @@ def test_a_rank_that_ends_is_named(own_pool: RankPool) -> None:
 
 
 def test_a_rank_that_does_not_answer_is_not_waited_for(own_pool: RankPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    own_pool.do(len, [])
+    """Not even for what it is about to say."""
+    processes = own_pool.each(os.getpid)
     monkeypatch.setattr(rank_pool, "GRACE", 0.3)
     monkeypatch.setattr(rank_pool, "FAREWELL", 0.3)
-    start, processes = time.monotonic(), own_pool.each(os.getpid)
     with pytest.raises(RankFailure, match=r"rank 1 of 2 does not answer; rank 0 says 0\nrank 1 printed: nothing"):
-        own_pool.do(eval, f"__import__('time').sleep(60) if {RANK} else 0")
-    assert time.monotonic() - start < 20
+        own_pool.do(eval, f"__import__('time').sleep(100) if {RANK} else 0")
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)

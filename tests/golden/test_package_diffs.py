@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from hf_parity.oracle import QWEN2, QWEN3, tiny_spec
-from qwenspec.backend.emit import render_package
+from qwenspec.backend.emit import dump_manifest, render_package
 from qwenspec.backend.registry import find
 
 GOLDEN = Path(__file__).parent
@@ -49,6 +49,9 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 def package(backend: str, change: str) -> dict[str, list[str]]:
     """File -> lines, without the banner and the hashes, which differ between any two specs."""
     files = render_package(tiny_spec(json.loads(change)), find(backend))
+    manifest = json.loads(files["MANIFEST.json"])
+    del manifest["files"]
+    files["MANIFEST.json"] = dump_manifest(manifest)
     return {
         name: [line for line in text.splitlines() if not line.startswith(("# tiny, gen", "#   qwenspec", '  "spec'))]
         for name, text in files.items()

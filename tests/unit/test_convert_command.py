@@ -105,7 +105,7 @@ def test_folders_that_are_no_checkpoint(spec: Path, checkpoint: Path, tmp_path: 
     (checkpoint / "model.safetensors").unlink()
     for options in ([], ["--spec", spec]):
         done = call("convert", checkpoint, "-q", "int4", "-o", tmp_path / "out", *options)
-        assert (done.exit_code, "error[no-tensors]" in done.stderr) == (2, True)
+        assert (done.exit_code, "error[checkpoint]" in done.stderr) == (2, True)
 
 
 def test_a_quantised_checkpoint_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -216,7 +216,7 @@ def starts_like(node: Scalar, text: str) -> None:
 @given(st.binary(max_size=300))
 @example(b"\xef\xbb\xbfa: 1\n")
 @example(b"\xff\xfea\x00")
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_bytes_never_cause_a_traceback(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "spec.yaml"
     path.write_bytes(data)

@@ -250,6 +250,51 @@ def test_an_inline_layout(tmp_path: Path) -> None:
     assert spec.layout.model_dump() == layout
 
 
+def test_a_layout_extends_another_by_the_names_that_differ(tmp_path: Path) -> None:
+    base = load(write(tmp_path / "f.yaml")).layout.model_dump()
+    changes = {"lm_head": "output", "attention": {"qkv": ["self_attn.W_pack"], "q_norm": None}}
+    expected = base | {"lm_head": "output", "attention": base["attention"] | changes["attention"]}
+    expected["attention"]["qkv"] = ("self_attn.W_pack",)
+
+    inline = write(tmp_path / "g.yaml", architecture=with_layout(changes | {"extends": "qwen2"}))
+    (tmp_path / "names.yaml").write_text(json.dumps(changes | {"extends": "qwen2"}))
+    file = write(tmp_path / "h.yaml", architecture=with_layout("./names.yaml"))
+    whole = write(tmp_path / "i.yaml", architecture=with_layout(expected))
+    for spec in map(load, (inline, file, whole)):
+        assert spec.layout.model_dump() == expected
+        assert spec.layout.extends is None
+    assert load(inline).sha256() == load(whole).sha256()
+    assert Spec.model_validate(load(inline).model_dump()).layout == load(inline).layout  # as a failure's folder has it
+
+
+def test_layouts_extend_one_another_from_where_they_lie(tmp_path: Path) -> None:
+    """A file that extends one beside it, which extends a built-in one; and a variant that changes one more name."""
+    (tmp_path / "names").mkdir()
+    (tmp_path / "names" / "a.yaml").write_text("extends: b.yaml\nnorm: last_norm\n")
+    (tmp_path / "names" / "b.yaml").write_text("extends: qwen1\nlm_head: output\nnorm: overridden\n")
+    spec = write(
+        tmp_path / "f.yaml",
+        architecture=with_layout({"extends": "names/a.yaml", "embedding": "tokens"}),
+        variants={"v": {"checkpoint": {"layout": {"embedding": "words"}}}},
+        default_variant="v",
+    )
+    layout = load(spec).layout
+    assert (layout.embedding, layout.norm, layout.lm_head) == ("words", "last_norm", "output")
+    assert layout.attention.qkv == ("attn.c_attn",)
+
+
+def test_a_chain_of_layouts_is_bounded(tmp_path: Path) -> None:
+    for i in range(9):
+        (tmp_path / f"n{i}.yaml").write_text(f"extends: {f'./n{i - 1}.yaml' if i else 'qwen2'}\n")
+    assert load(write(tmp_path / "f.yaml", architecture=with_layout("n7.yaml"))).layout.lm_head == "lm_head"
+    (told,) = mistakes(write(tmp_path / "g.yaml", architecture=with_layout("n8.yaml")))
+    assert told.code == "extends-too-long"
+
+
+def with_layout(layout: object) -> dict[str, Any]:
+    return ARCHITECTURE | {"checkpoint": {"layout": layout}}
+
+
 # -------------------------------------------------------------------------------------------------------- meaning
 
 
@@ -338,7 +383,9 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(KEYS, VALUES, max_size=4), st.dictionaries(KEYS, VALUES, max_size=4))
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 def test_any_tree_is_a_spec_or_has_placed_mistakes(
     tmp_path: Path, architecture: dict[str, Any], top: dict[str, Any]
 ) -> None:

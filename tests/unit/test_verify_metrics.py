@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qwenspec.spec.document import Spec
@@ -125,6 +127,37 @@ def test_halves_are_compared_in_float64() -> None:
     assert compare(actual, expected, 0.5).error == pytest.approx(1.0)
 
 
+@given(seed=st.integers(0, 1 << 32), rows=st.integers(1, 6), spoiled=st.sets(st.sampled_from("frizn")))
+def test_every_row_is_judged(seed: int, rows: int, spoiled: set[str]) -> None:
+    """By a loop over rows, of which some are far off, reordered, infinite, zero or not a number."""
+    random = np.random.default_rng(seed)
+    expected = random.standard_normal((rows, 7))
+    actual = expected + 0.02 * random.standard_normal((rows, 7)) * random.integers(0, 2, (rows, 1))
+    for what in sorted(spoiled):
+        row = random.integers(rows)
+        values = {"f": expected[row] * 1.3, "r": expected[row][::-1], "i": np.inf, "z": 0.0, "n": np.nan}
+        actual[row] = values[what]
+    errors = [
+        float(np.linalg.norm(a - e) / np.linalg.norm(e)) if np.isfinite(a).all() else math.inf
+        for a, e in zip(actual, expected, strict=True)
+    ]
+    found, limit = compare(actual, expected, 0.1), 0.1
+    differ = [a.argmax() != e.argmax() for a, e in zip(actual, expected, strict=True)]
+    ties = sum(error <= limit and other for error, other in zip(errors, differ, strict=True))
+    assert found.error == pytest.approx(max(errors))
+    assert found.worst_row == errors.index(max(errors))
+    assert found.near_ties == ties
+    worst = Verdict.FAIL if max(errors) > limit else Verdict.AMBIGUOUS if ties else Verdict.PASS
+    assert found.verdict is worst
+
+
+def test_a_near_tie_excuses_no_other_row() -> None:
+    expected = np.array([[1.0, 1.001, 0.0], [5.0, 0.0, 0.0]])
+    actual = np.array([[1.001, 1.0, 0.0], [5.0, 1.0, 0.0]])
+    found = compare(actual, expected, 0.01)
+    assert (found.verdict, found.near_ties, found.worst_row) == (Verdict.FAIL, 1, 1)
+
+
 # ---------------------------------------------------------------------------------------------------- bounds
 
 
@@ -163,6 +196,30 @@ def test_every_pair_has_bounds() -> None:
 def test_a_reference_is_judged_by_nobody() -> None:
     with pytest.raises(AssertionError, match="the reference is what others are compared with"):
         bound("float32", 1, ("reference", "triton"))
+
+
+def test_a_bound_is_no_wider_than_what_was_measured_explains() -> None:
+    """Three times the largest error that was seen of what is right, and a little for round numbers."""
+    by_kind = tolerances().bounds
+    entries = [entry for kind in ("package-reference", "huggingface-reference") for entry in by_kind[kind].values()]
+    entries += [*by_kind["package-huggingface"].values(), *tolerances().rounded.values(), tolerances().head]
+    for entry in entries:
+        largest = max(float(number.rstrip(".")) for number in re.findall(r"largest\s+([\d.]+)", entry.measured))
+        assert 1.5 * largest < entry.k < 3.3 * largest, entry
+    assert {name: entry.k for name, entry in by_kind["package-package"].items()} == {
+        name: entry.k for name, entry in by_kind["package-reference"].items()
+    }
+
+
+@pytest.mark.parametrize(("dtype", "planted"), [("float32", 3e-5), ("float16", 0.05), ("bfloat16", 0.25)])
+def test_a_small_mistake_of_known_size_is_noticed(dtype: str, planted: float) -> None:
+    """Relative, in three layers, of every pair that is compared."""
+    right = np.random.default_rng(0).standard_normal((4, 50))
+    wrong = right.copy()
+    wrong[1] += planted * np.linalg.norm(right[1]) / math.sqrt(50)
+    for pair in [PACKAGE, PACKAGES, *([HUGGING_FACE, ("triton", "huggingface")] if dtype == "float32" else [])]:
+        found = compare(wrong, right, bound(dtype, 3, pair))
+        assert (found.verdict, found.worst_row) == (Verdict.FAIL, 1)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from cli_runs import QWEN3, ROOT
+from cli_runs import QWEN3, ROOT, call
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in ("qwenspec", "backends"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("qwenspec", "backends", "specs"):
+        shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=unwanted)
     pip = [
         sys.executable,
         "-m",
@@ -48,7 +49,9 @@ def test_the_wheel_holds_every_file_of_its_packages(wheel: Path) -> None:
         for file in root.rglob("*")
         if file.suffix in kinds and "__pycache__" not in file.parts
     }
+    wanted |= {f"qwenspec/specs/{file.name}" for file in (ROOT / "specs").glob("*.yaml")}
     assert wanted - held == set()
+    assert not [name for name in held if name.startswith("specs/")]
     assert any(name.endswith("licenses/LICENSE") for name in held)
 
 
@@ -89,5 +92,10 @@ def test_the_installed_command_works_outside_the_repository(wheel: Path, tmp_pat
     assert all(path.startswith(site) for path in found.stdout.split())
     assert run("validate", "qwen3.yaml").startswith("qwen3.yaml: ")
     assert "triton" in run("backends")
-    run("gen", "qwen3.yaml", "--out", "out")
-    assert (away / "out" / "qwen3_0_6b_triton" / "model.py").is_file()
+    assert run("list") == call("list").stdout
+    texts = {}
+    for spec in ("qwen3.yaml", "qwen3-0.6b"):
+        run("gen", spec, "--out", spec.replace(".", "_"))
+        package = away / spec.replace(".", "_") / "qwen3_0_6b_triton"
+        texts[spec] = (package / "config.py").read_text()
+    assert texts["qwen3-0.6b"] == texts["qwen3.yaml"].replace("qwen3.yaml", "qwenspec:qwen3.yaml")

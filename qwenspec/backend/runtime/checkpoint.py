@@ -7,11 +7,10 @@ anything is allocated, and a rank reads its own share, a piece at a time, so tha
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,28 @@ from safetensors import safe_open
 
 from .quantized import QuantizedMatrix, check_groups, check_zeros, read_quantized
 from .shares import Piece, Shared, cut, read_entry
-from .stored import FLOATS, PIECE, CheckpointError, Stored, Tensor, read_headers
+from .stored import (
+    FLOATS,
+    PIECE,
+    CheckpointError,
+    Stored,
+    Tensor,
+    check,
+    choose_files,
+    either_name,
+    explained,
+    read_headers,
+    read_json,
+)
 
 __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 QUANTIZED = True  # flag: some matrices are quantised
 GPTQ = True  # flag: … by GPTQ
 PACK_QUANTIZED = True  # flag: … by compressed-tensors, in words
-SCALAR_SCALES = True  # flag: … with scales that are single numbers, [] or [1]
+TIED = True  # flag: the embedding is the LM head too, in full precision
 STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
 
-SHOWN = 20  # reasons in one message
 MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # of quantised weights
 
 
@@ -85,22 +95,27 @@ class Checkpoint:
                 # Opened anew for each piece: closing the file drops its pages, which count as this process's memory.
                 with safe_open(found.file, framework=framework) as tensors:
                     if STORED_KV_SCALES and parameter.shape == (1,):
-                        scale = tensors.get_tensor(tensor).reshape(1)
+                        scale = tensors.get_tensor(found.name).reshape(1)
                         if not 0 < scale.item() < math.inf:
                             raise CheckpointError(f"{tensor} is {scale.item():g}, and a scale is above 0")
                         yield 0, scale
                     else:
                         rows = slice(start, min(start + step, piece.stop))
-                        yield piece.at + start - piece.start, tensors.get_slice(tensor)[(rows, *index)]
+                        yield piece.at + start - piece.start, tensors.get_slice(found.name)[(rows, *index)]
 
 
 def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Checkpoint:
     """The folder's tensors for what one of `degree` ranks has of this package's parameters.
 
     Raises CheckpointError where they do not fit."""
-    manifest = json.loads((Path(__file__).parent / "MANIFEST.json").read_text())
+    manifest = read_json(Path(__file__).parent / "MANIFEST.json")
     parameters = list(read_manifest(manifest, rank, degree))
-    stored = read_headers(Path(folder))
+    chosen = choose_files(Path(folder))
+    for note in chosen.notes if rank == 0 else ():
+        print(f"note: {note}", file=sys.stderr, flush=True)
+    stored = read_headers(chosen.files)
+    if TIED:
+        stored = either_name(stored, manifest["tied"])
     wanted = [(parameter.name, tensor) for parameter in parameters for tensor in parameter.tensors]
     allowed = manifest["ignored_tensors"]
     if QUANTIZED:
@@ -115,9 +130,8 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
         read = {tensor.name for _, tensor in wanted}
         problems = check_groups(matrices) + check_zeros(stored, read, manifest["zero_tensors"])
     if problems:
-        told = _other_quantization(stored) + problems[:SHOWN]
-        told += [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
-        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {p}" for p in told))
+        told = _other_quantization(stored) + explained(problems, stored)
+        raise CheckpointError(f"{folder} does not hold this model:\n" + "\n".join(f"  {line}" for line in told))
     return Checkpoint(parameters, stored, matrices) if QUANTIZED else Checkpoint(parameters, stored)
 
 
@@ -149,28 +163,3 @@ def _entries(manifest: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int]]:
         else:
             layers = range(manifest["num_layers"]) if "{i}" in entry["name"] else (0,)
         yield from ((entry, i) for i in layers)
-
-
-def check(wanted: Sequence[tuple[str, Tensor]], stored: dict[str, Stored], allowed: Sequence[str]) -> list[str]:
-    """Every reason why the checkpoint does not fit: missing, mis-shaped, of another dtype, or left over.
-
-    wanted: parameters' names with tensors that they need
-    allowed: patterns of tensors that nothing needs to read"""
-    problems = []
-    for parameter, tensor in wanted:
-        found = stored.get(tensor.name)
-        if found is None:
-            if not tensor.optional:
-                problems.append(f"missing: {tensor.name} {list(tensor.shape)}, for {parameter}")
-        elif found.shape != tensor.shape and (
-            not (STORED_KV_SCALES or SCALAR_SCALES) or found.shape or tensor.shape != (1,)
-        ):
-            needed = f"{parameter} needs {list(tensor.shape)}"
-            problems.append(f"shape: {tensor.name} is {list(found.shape)}, and {needed}")
-        elif found.dtype not in tensor.dtypes:
-            needed = f"{parameter} needs one of {', '.join(tensor.dtypes)}"
-            problems.append(f"dtype: {tensor.name} is {found.dtype}, and {needed}")
-    for name in sorted(set(stored) - {tensor.name for _, tensor in wanted}):
-        if not any(fnmatch(name, pattern) for pattern in allowed):
-            problems.append(f"left over: {name} {list(stored[name].shape)} is read by no parameter")
-    return problems

@@ -49,6 +49,10 @@ def join(device: str, **facts: object) -> Ranks:
     if gpu:
         torch.cuda.set_device(gpu)
     if not dist.is_initialized():
+        # It keeps the group that is there when it is first imported, which torch may do at any time. A group that is
+        # kept outlives its end, and one of its threads may want the interpreter when that is gone, which aborts.
+        import torch.distributed.nn
+
         backend = "nccl" if gpu else "gloo"
         dist.init_process_group(
             backend, store=_meeting.store.torch, rank=ranks.rank, world_size=ranks.size, device_id=gpu

@@ -15,7 +15,7 @@ import numpy as np
 import tvm
 
 IDS = [5, 3, 100, 1, 99, 2, 50, 51]  # the last one is decoded
-PATIENCE = 4.0  # seconds without a sign of a rank
+PATIENCE = 10.0  # seconds without a sign of a rank
 
 
 def main(package: str, weights: str, out: str, fate: str = "") -> None:

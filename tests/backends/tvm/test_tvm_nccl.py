@@ -86,7 +86,7 @@ class Launcher:
                     text=True,
                 )
                 processes.append(process)
-            said = [process.communicate(timeout=120)[0] for process in processes]
+            said = [process.communicate(timeout=600)[0] for process in processes]
         finally:
             for process in processes:
                 process.kill()

@@ -1,0 +1,56 @@
+"""Whether a checkpoint's tensors are those of a model, told as its package tells it when it loads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from qwenspec.backend.runtime.stored import (
+    FLOATS,
+    CheckpointError,
+    Stored,
+    Tensor,
+    check,
+    choose_files,
+    either_name,
+    read_headers,
+)
+from qwenspec.diagnostics import SpecError
+from qwenspec.ir.lower import lower
+from qwenspec.ir.nodes import Model
+from qwenspec.ir.quantized import blocks, stored_tensors
+from qwenspec.spec.load import load_all
+
+MOST = 200  # variants that are tried
+
+
+def wanted(model: Model) -> Iterator[tuple[str, Tensor]]:
+    """Each tensor that the checkpoint must or may hold, after the parameter that is read from it."""
+    for param in model.params():
+        for block in blocks(param):
+            for source in block.sources:
+                if source.format is None:
+                    yield block.name, Tensor(source.tensor, (source.rows, *param.shape[1:]), tuple(FLOATS))
+                    continue
+                for tensor in stored_tensors(source, param.shape[1]).values():
+                    yield block.name, Tensor(tensor.name, tensor.shape, tensor.dtypes, tensor.optional)
+
+
+def allowed(model: Model) -> tuple[str, ...]:
+    """Patterns (fnmatch) of tensors that a checkpoint may hold beside them."""
+    return (*model.ignored_tensors, *model.zero_tensors)
+
+
+def fitting_variants(file: str | Path, folder: Path) -> list[str]:
+    """The variants of a spec file whose tensors are those in a checkpoint folder; none where either cannot be read."""
+    try:
+        stored = read_headers(choose_files(folder).files)
+        models = [lower(spec) for spec in load_all(file)[:MOST]]
+    except (CheckpointError, SpecError):
+        return []
+    return [model.name for model in models if not problems(model, stored)]
+
+
+def problems(model: Model, stored: Mapping[str, Stored]) -> list[str]:
+    """Every reason why the tensors are not the model's."""
+    return check(list(wanted(model)), either_name(stored, model.tied_names), allowed(model))

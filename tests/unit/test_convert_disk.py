@@ -1,0 +1,73 @@
+"""Converting on a file system that fails: at whichever call, another run goes on, and nothing half done looks whole."""
+
+from __future__ import annotations
+
+import builtins
+import errno
+import io
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from conversions import files, request
+
+from qwenspec.convert import partial
+from qwenspec.convert.convert import convert
+from qwenspec.diagnostics import SpecError
+from qwenspec.hf.checkpoint import import_path
+
+CHANGES = ("replace", "rename", "mkdir", "unlink", "fsync", "ftruncate")  # of os
+
+
+@contextmanager
+def failing_at(call: int) -> Iterator[list[str]]:
+    """Of all calls that open a file to write, or change something otherwise, one fails: yields those before it."""
+    done: list[str] = []
+
+    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
+            mode = options.get("mode", arguments[1] if len(arguments) > 1 else "r") if name == "open" else "w"
+            if isinstance(mode, str) and set(mode) & set("wax+"):
+                if len(done) == call:
+                    done.append("failed")
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                done.append(name)
+            return function(*arguments, **options)
+
+        return count
+
+    with (
+        mock.patch.multiple(os, **{name: counted(name, getattr(os, name)) for name in CHANGES}),
+        mock.patch.object(io, "open", counted("open", io.open)),
+        mock.patch.object(builtins, "open", counted("open", builtins.open)),
+    ):
+        yield done
+
+
+def test_any_call_may_fail(source: Any, tmp_path: Path) -> None:
+    made = source(num_hidden_layers=1)
+    options = {"shard_bytes": 8_000}
+    convert(request(made, tmp_path / "whole", **options))
+    whole = files(tmp_path / "whole")
+    with failing_at(-1) as calls:
+        convert(request(made, tmp_path / "counted", **options))
+    assert len(calls) > 30
+    for call in range(len(calls)):
+        asked = request(made, tmp_path / f"out-{call}", **options)
+        with failing_at(call) as done, suppress(OSError, SpecError):
+            convert(asked)
+            assert done[call] == "failed"
+            assert calls[call] == "mkdir"  # of a folder that is there
+        for folder in tmp_path.glob(f"out-{call}*"):
+            with suppress(SpecError):
+                import_path(folder)  # it looks whole: so it is, with at most a file of the conversion's own beside
+                left = files(folder)
+                assert {name: left[name] for name in whole} == whole
+                assert left.keys() - whole.keys() <= {partial.STATE, partial.FINISHED}
+        if not asked.out.exists():
+            convert(asked)
+            assert files(asked.out) == whole, call
+        assert not list(tmp_path.glob(f"out-{call}.*")), call
