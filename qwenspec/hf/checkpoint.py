@@ -12,7 +12,7 @@ from typing import Any
 from qwenspec import tree
 from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers, shown
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.hf import json_source, modules
+from qwenspec.hf import json_source, modelopt, modules
 from qwenspec.hf.importer import ImportResult, import_config
 from qwenspec.hf.json_file import read_json
 from qwenspec.hf.tensors import Held
@@ -41,6 +41,8 @@ def import_path(path: str | Path, name: str | None = None, ignore: tuple[str, ..
     if path.is_dir():
         normalize, said = modules.normalizes(folder)
         held = tensors_in(folder)
+        if not config.get("quantization_config") and (quantized := modelopt.beside(folder)):
+            config["quantization_config"] = quantized
         notes += [*held.notes, *said, *_untie(config, held.stored)]
     result = import_config(
         config,

@@ -67,7 +67,8 @@ def import_config(
     layout = _layout(architecture["checkpoint"]["layout"])
     if ignore:
         architecture["checkpoint"]["ignore"] = list(ignore)
-    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0)
+    has_head = not architecture["tie_word_embeddings"] and architecture.get("lm_head", True) is not None
+    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0, has_head)
     for key, (allowed, why) in FIXED.items():
         keys.fixed(key, *allowed, why=why)
     keys.report_unread()

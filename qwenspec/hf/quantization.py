@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qwenspec.hf import unsupported
+from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt, unsupported
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
+COMPRESSED_TENSORS = "compressed-tensors"
 OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
@@ -67,18 +68,24 @@ _RECORDS = (
 )
 
 
-def read(config: Config, layout: Layout, num_layers: int) -> dict[str, Any] | None:
-    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names."""
+def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False) -> dict[str, Any] | None:
+    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names.
+
+    has_head: there is an LM head that is not the embedding"""
     quantized = config.child("quantization_config")
     if quantized is None or unsupported.reported(quantized):
         return None
-    method = quantized.choice("quant_method", tuple(_READERS))
+    method = quantized.choice("quant_method", (*_READERS, COMPRESSED_TENSORS, modelopt.METHOD))
     for key in _RECORDS:
         quantized.get(key)
     if method is None:
         quantized.unread.clear()
         return None
     modules = weights.linears(layout, num_layers)
+    if method == COMPRESSED_TENSORS:
+        return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
+    if method == modelopt.METHOD:
+        return modelopt.read(quantized, modules, layout.lm_head if has_head else None)
     if method == OURS:  # others never quantise these
         modules += [layout.embedding, layout.lm_head]
     return _READERS[method](quantized, modules)
@@ -96,6 +103,8 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "weight_block_size": list(block),
                 "modules_to_not_convert": list(skip) or None,
             }
+        case Fp8() | PackQuantized():
+            fields = compressed_tensors.write(quantization)
         case Awq(bits=bits, group_size=group_size, skip=skip):
             fields = {
                 "quant_method": "awq",
@@ -105,8 +114,10 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "zero_point": True,
                 "modules_to_not_convert": list(skip) or None,
             }
-        case Gptq():
+        case Gptq(skip=skip):
             fields = {"quant_method": "gptq", **quantization.model_dump(exclude={"scheme", "skip"})}
+            if skip:
+                fields["dynamic"] = gptq_dynamic.rules(skip)
         case Int8(skip=skip) | Int4(skip=skip):
             fields = {
                 "quant_method": OURS,
@@ -123,8 +134,6 @@ def lacks(quantization: Quantization | None) -> list[str]:
     match quantization:
         case Fp8Block(activations="none"):
             return ["quantization.activations: none"]
-        case Gptq(skip=skip) if skip:
-            return ["quantization.skip with gptq"]
         case _:
             return []
 
@@ -166,7 +175,6 @@ def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
 
 
 def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    config.fixed("dynamic", None, why="per-module settings are not implemented")
     config.fixed("lm_head", False, None, why="the LM head is always in full precision")
     config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
@@ -186,11 +194,13 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
         if config.get(key) is not None:
             config.fixed(key, found.get("checkpoint_format", config.get(key)), why="the two names of one key differ")
             found["checkpoint_format"] = config.choice(key, ("gptq", "gptq_v2"))
+    common = {key: found[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    skip = gptq_dynamic.excluded(config, linears, common)
     # Names inside a layer, in groups by the order of quantisation; whatever is not among them was left alone.
     if inside := config.names("modules_in_block_to_quantize"):
         chosen = tuple(f".{name}" for name in inside)
-        found["skip"] = [name for name in linears if not name.endswith(chosen)]
-    return found
+        skip = [name for name in linears if name in skip or not name.endswith(chosen)]
+    return found | ({"skip": skip} if skip else {})
 
 
 def _ours(config: Config, modules: Sequence[str]) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def shared_blocks(model: Model, param: Param) -> Iterator[tuple[Block, Shared]]:
                 rows=(part,) if part else whole.rows,
                 block=_block(block.format),
                 ordered=isinstance(block.format, IntFormat) and block.format.act_order,
+                token_scales=_has_token_scales(block.format),
             ),
         )
 
@@ -165,6 +166,10 @@ def _block(format: WeightFormat | None) -> tuple[int, int] | None:
             return (1, size or 0)
         case None:
             return None
+
+
+def _has_token_scales(format: WeightFormat | None) -> bool:
+    return isinstance(format, Fp8Format) and format.activations == "dynamic" and not format.block[1]
 
 
 def _sharded(param: Param, held: Shared, degree: int) -> ShardedParam:

@@ -69,6 +69,7 @@ class Shared:
     first: rank 0 has all rows, and the others have zeros
     block: rows and columns that share a scale, if the parameter is quantised; 0 columns: whole rows
     ordered: its columns belong to groups in an order of their own
+    token_scales: what it multiplies is rounded with one scale for all inputs of a token
     """
 
     name: str
@@ -78,6 +79,7 @@ class Shared:
     first: bool = False
     block: tuple[int, int] | None = None
     ordered: bool = False
+    token_scales: bool = False
 
     def share(self, degree: int) -> tuple[int, ...]:
         """The shape on each of `degree` ranks."""
@@ -123,6 +125,7 @@ def read_entry(entry: Mapping[str, Any]) -> Shared:
         first="rank" in entry,
         block=tuple(block) if format else None,
         ordered=format.get("act_order", False),
+        token_scales=format.get("activations") == "dynamic" and not block[1],
     )
 
 
@@ -185,7 +188,9 @@ def _cuts(shared: Shared, degree: int) -> Iterator[str]:
     if shared.columns is None:
         return
     inputs = shared.columns.share(degree)
-    if shared.ordered:
+    if shared.token_scales:
+        yield f"{title(shared)}: a token's inputs share a scale, and {degree} ranks would each have some of them"
+    elif shared.ordered:
         yield f"{title(shared)}: desc_act puts inputs of all {degree} ranks into one group"
     elif width and inputs % width:
         yield f"{title(shared)}: {inputs} inputs on each of {degree} ranks are not a multiple of its groups of {width}"

@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from qwenspec.spec.base import Dtype, Model, PositiveInt
 from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache, Int8KvCache
-from qwenspec.spec.quantization import Fp8Block
+from qwenspec.spec.quantization import Fp8, Fp8Block
 from qwenspec.verify.steps import CacheSizes, check_sizes
 
 REFERENCE = "reference"
@@ -62,8 +62,8 @@ class Case:
     def rounded(self) -> tuple[Rounded, ...]:
         """What the spec itself rounds so coarsely that a difference in the last bit may become a large one."""
         quantization = self.spec.quantization
-        dynamic = isinstance(quantization, Fp8Block) and quantization.activations == "dynamic"
-        found: tuple[Rounded, ...] = ("activations",) if dynamic else ()
+        rounds = isinstance(quantization, Fp8Block | Fp8) and quantization.activations != "none"
+        found: tuple[Rounded, ...] = ("activations",) if rounds else ()
         match self.spec.kv_cache:
             case None:
                 return found

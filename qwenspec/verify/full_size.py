@@ -118,7 +118,9 @@ def check_fits(spec: Spec, folder: Path) -> None:
     for module, matrix in quantized_matrices(spec).items():
         for name in {f"{module}.{suffix}" for suffix in matrix.optional} - set(stored):
             del needed[name]
-    problems = differing({name: shape for name, shape in stored.items() if name in needed}, needed)
+    # One number may have an axis or none.
+    found = {n: (1,) if (shape, needed[n]) == ((), (1,)) else shape for n, shape in stored.items() if n in needed}
+    problems = differing(found, needed)
     if problems:
         more = f", and {len(problems) - TOLD:,} more" if len(problems) > TOLD else ""
         message = f"{folder} does not fit {spec.variant}: {'; '.join(problems[:TOLD])}{more}"
