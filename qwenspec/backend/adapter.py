@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.api import Cache, Runner
+from qwenspec.backend.fitting import way_out
 from qwenspec.backend.load import import_package
+from qwenspec.backend.registry import MANIFEST
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.nodes import Model
 
@@ -65,8 +68,7 @@ class PackageRunner(ABC):
         try:
             self.model = self._load(weights, device, dtype)
         except self.module.CheckpointError as error:
-            hint = "is it the checkpoint of this variant?"
-            raise SpecError([Diagnostic("checkpoint", str(error), hint=hint)]) from error
+            raise _not_loaded(package, weights, str(error)) from error
         except self.module.RankError as error:
             raise SpecError([Diagnostic("ranks", str(error))]) from error
 
@@ -131,6 +133,17 @@ def numbers(name: str, values: Any) -> Any:
     if array.dtype.kind not in "biuf":
         raise ValueError(f"{name} are numbers, and not {array.dtype}")
     return array
+
+
+def _not_loaded(package: Path, weights: Path, said: str) -> SpecError:
+    """Why a package did not load a checkpoint; where that is of another variant, which one."""
+    message, *details = said.splitlines()
+    hint = ""
+    if details:
+        # Of a package that was carried elsewhere the spec may not be there: then no variant is found.
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+        hint = way_out(manifest["spec"], weights)
+    return SpecError([Diagnostic("checkpoint", message, hint=hint, details=tuple(details))])
 
 
 def is_layer(address: str) -> bool:

@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from qwenspec.backend.fitting import way_out
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.backend.runtime.checkpoint import CheckpointError, read_manifest
 from qwenspec.backend.runtime.quantized import read_quantized
@@ -124,5 +125,4 @@ def check_fits(spec: Spec, folder: Path) -> None:
     if problems:
         more = f", and {len(problems) - TOLD:,} more" if len(problems) > TOLD else ""
         message = f"{folder} does not fit {spec.variant}: {'; '.join(problems[:TOLD])}{more}"
-        hint = "`qwenspec import` makes the spec of a checkpoint"
-        raise SpecError([Diagnostic("checkpoint", message, hint=hint)])
+        raise SpecError([Diagnostic("checkpoint", message, hint=way_out(spec.file, folder))])
