@@ -16,6 +16,7 @@ from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 
 GENERATED = Path("generated")
+MOST = 2**31 - 1  # tokens and sequences
 
 app = typer.Typer(
     name="qwenspec",
@@ -92,7 +93,7 @@ Variant = Annotated[str | None, typer.Option("--variant", "-v", help="Default: t
 Backend = Annotated[str, typer.Option("--backend", "-b", help="See `qwenspec backends`.", autocompletion=_backends)]
 Weights = Annotated[Path, typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder.")]
 Context = Annotated[
-    int | None, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence. Default: 4096.")
+    int | None, typer.Option("--context", metavar="L", min=1, max=MOST, help="Tokens of a sequence. Default: 4096.")
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Default: the spec's.")]
@@ -267,7 +268,7 @@ def plan(
     spec: Spec,
     tp: Degree = 1,
     context: Context = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, max=MOST, help="Sequences.")] = 1,
     variant: Variant = None,
     as_json: Json = False,
 ) -> None:

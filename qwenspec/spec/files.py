@@ -77,7 +77,10 @@ class Files:
 
     def open(self, name: str, wanted_by: Location | None = None) -> SpecFile:
         """Raises SpecError when the file cannot be parsed; lesser mistakes are in its `problems`."""
-        path = os.path.realpath(name)
+        try:
+            path = os.path.realpath(name)
+        except ValueError:  # a character that no path has, of which reading it tells
+            path = name
         if path not in self._files:
             document = source.parse_file(name, wanted_by)
             self._files[path] = SpecFile(name, path, document.root, _problems(document, name, path))
