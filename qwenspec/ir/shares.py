@@ -132,7 +132,7 @@ def read_entry(entry: Mapping[str, Any]) -> Shared:
 def legal_degrees(parameters: Sequence[Shared]) -> list[int]:
     """Every number of ranks that can share the parameters, ascending; 1 is always among them."""
     queries = [part.size // part.unit for shared in parameters for part in shared.rows if part.readers == 1]
-    return [degree for degree in range(1, min(queries) + 1) if not obstacles(parameters, degree)]
+    return [degree for degree in _divisors(math.gcd(*queries)) if not obstacles(parameters, degree)]
 
 
 def obstacles(parameters: Iterable[Shared], degree: int) -> list[str]:
@@ -150,6 +150,11 @@ def obstacles(parameters: Iterable[Shared], degree: int) -> list[str]:
 def explanation(parameters: Sequence[Shared]) -> str:
     """Which numbers of ranks can share the parameters, for people."""
     return "degrees that work: " + ", ".join(map(str, legal_degrees(parameters)))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def cut(pieces: Iterable[Piece], sizes: Sequence[int]) -> Iterator[tuple[int, Piece]]:
