@@ -81,6 +81,10 @@ def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str,
         cache.begin_forward([0], [len(ids)])
         found: Floats = runner.batch_verify(runner.embed(np.array(ids, np.int32)), cache)[0]
         cache.end_forward()
+    if bad := [i for i, row in enumerate(found) if not np.isfinite(row).all()]:
+        message = f"what the model returns is NaN or infinite from position {bad[0]} on ({len(bad)} of {len(ids)})"
+        hint = "float16 ends at 65504, bfloat16 and float32 do not: try --dtype; or the weights are damaged"
+        raise SpecError([Diagnostic("not-finite", message, hint=hint)])
     return found
 
 

@@ -3,6 +3,7 @@ is as it was."""
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import open_runner
+from qwenspec.backend.runtime.generation import NonFiniteError, check_chosen
 
 VOCAB, HIDDEN, PROMPT, NEXT = 300, 48, [5, 6, 7], 9
 BACKENDS = ("triton", "tvm")
@@ -238,3 +240,75 @@ def test_a_forward_that_failed_is_cancelled_and_tried_again(
     cache.end_forward()
     for found, ids in zip(logits[:, 0], ([*PROMPT, NEXT], PROMPT[:1]), strict=True):
         np.testing.assert_allclose(found, oracle.logits(ids)[-1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float64"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, None])
+def test_both_backends_see_what_is_not_finite(dtype: str, bad: float | None, runners: dict[str, Any]) -> None:
+    """Anywhere in a tensor, and not in one whose sum overflows."""
+    import ml_dtypes
+    import torch
+
+    largest = float(torch.finfo(getattr(torch, dtype)).max)
+    for place in (0, 77, 198):
+        values = np.full(199, largest)
+        if bad is not None:
+            values[place] = bad
+        own = {
+            "triton": torch.tensor(values, dtype=torch.float64).to(getattr(torch, dtype)).reshape(199, 1),
+            "tvm": values.astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype).reshape(199, 1),
+        }
+        for backend, runner in runners.items():
+            assert part(runner, "weights").finite(own[backend]) == (bad is None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weights_that_are_not_finite_are_refused_by_name(
+    backend: str, runners: dict[str, Any], folder: Path, tmp_path: Path
+) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(runners[backend].module.CheckpointError, match=r"^model.layers.1.mlp.up_proj.weight holds NaN"):
+        runners[backend].module.Model.load(tmp_path)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_no_token_is_chosen_by_logits_that_are_not_finite(
+    backend: str, temperature: float, bad: float, runners: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two prompts one goes wrong at its third token: two are told of each, then which prompt it was."""
+    runner = runners[backend]
+    module, model = runner.module, runner.model
+    decode, calls = model.batch_decode, []
+
+    def decoded(*arguments: Any) -> Any:
+        calls.append(1)
+        logits = runner._numpy(decode(*arguments))
+        if len(calls) == 2:
+            logits[1, 0, 7] = bad
+        return runner._embeds(logits) if backend == "triton" else model._tensor(logits)
+
+    monkeypatch.setattr(model, "batch_decode", decoded)
+    sampling = module.Sampling(temperature=temperature, top_k=5, top_p=0.9, max_tokens=9)
+    told = []
+    with pytest.raises(module.NonFiniteError, match=r"^the logits of prompt 1 are NaN or infinite") as caught:
+        told.extend(token.prompt for token in module.generate(model, [PROMPT, [8]], sampling))
+    assert told == [0, 1, 0, 1]
+    assert "float32" in str(caught.value)
+
+
+def test_what_not_finite_logits_may_mean() -> None:
+    with pytest.raises(NonFiniteError, match="exceed float16's range of 65504; take dtype bfloat16 or float32"):
+        check_chosen([4, -1, -1], [0, 2, 5], "float16")
+    with pytest.raises(NonFiniteError, match=r"prompt 2, 5 are NaN.* in bfloat16, weights or scales that are damaged"):
+        check_chosen([4, -1, -1], [0, 2, 5], "bfloat16")
+    check_chosen([4, 0], [0, 1], "float16")
+
+
+def part(runner: Any, name: str) -> Any:
+    return importlib.import_module(f"{runner.module.__name__}.{name}")

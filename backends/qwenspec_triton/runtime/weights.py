@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,11 @@ def read(checkpoint: Checkpoint, parameter: Parameter, dtype: torch.dtype, devic
     """What the rank has of a parameter, its sources below one another, and zeros where that is less than its share."""
     new = torch.empty if parameter.degree == 1 else torch.zeros
     filled = new(parameter.shape, dtype=dtype, device=device)
-    for row, piece in checkpoint.pieces(parameter, "pt"):
+    for row, piece in checkpoint.pieces(parameter, "pt", finite):
         filled[row : row + len(piece)][..., : piece.shape[-1]].copy_(piece)
     return filled
+
+
+def finite(values: Tensor) -> bool:
+    """Whether none is NaN or infinite. A sum shows both, but may overflow by itself; the extremes take longer."""
+    return math.isfinite(values.sum().item()) or all(math.isfinite(bound.item()) for bound in values.aminmax())

@@ -85,7 +85,7 @@ def _keep(executable: relax.VMExecutable, metadata: dict[str, Any], path: Path) 
     try:
         make_private(path.parent)
     except OSError as error:
-        raise BuildError(f"{path.parent} cannot be made: {error.strerror}") from error
+        raise BuildError(f"{path.parent} cannot be written: {error.strerror}") from error
     if wrong := doubt(path.parent):
         raise BuildError(f"{wrong}; QWENSPEC_CACHE names another folder")
     write_library(executable, metadata, path)

@@ -63,6 +63,13 @@ def aligned_copy(array: np.ndarray) -> np.ndarray:
     return copy
 
 
+def finite(values: np.ndarray) -> bool:
+    """Whether none is NaN or infinite: those have every bit of the exponent."""
+    bits = values.view(f"u{values.itemsize}")
+    infinity = np.array(np.inf, values.dtype).view(bits.dtype)
+    return bool((bits & infinity).max() < infinity)
+
+
 def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray, first_token: int) -> Tensor:
     """One parameter in a zeroed buffer of bytes, which the tensor keeps alive."""
     array = buffer.view(_dtype(described)).reshape(described["shape"])
@@ -82,7 +89,7 @@ def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray,
 def _fill(array: np.ndarray, checkpoint: Checkpoint, parameter: Parameter) -> None:
     """What a rank has no rows or columns for stays zero."""
     packed = array.ndim > len(parameter.shape)
-    for row, piece in checkpoint.pieces(parameter, "np"):
+    for row, piece in checkpoint.pieces(parameter, "np", finite):
         if packed:
             pack_into(array[:, : piece.shape[1]], _cast(piece, array.dtype), row)
         else:

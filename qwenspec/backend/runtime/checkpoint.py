@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,10 @@ class Checkpoint:
     if QUANTIZED:
         matrices: list[QuantizedMatrix] = field(default_factory=list)  # the quantised ones
 
-    def pieces(self, parameter: Parameter, framework: str) -> Iterator[tuple[int, Any]]:
+    def pieces(self, parameter: Parameter, framework: str, finite: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
         """A parameter's rows from the top, some at a time: the index of the first, and they as `framework`'s array.
 
+        finite: whether an array has neither NaN nor infinity; raises CheckpointError where one has.
         Of several ranks, one may have fewer rows or columns than the parameter has room for: the rest is zeros."""
         columns = parameter.shared.column_piece(parameter.degree, parameter.rank)
         for tensor, piece in parameter.pieces():
@@ -101,7 +102,11 @@ class Checkpoint:
                         yield 0, scale
                     else:
                         rows = slice(start, min(start + step, piece.stop))
-                        yield piece.at + start - piece.start, tensors.get_slice(found.name)[(rows, *index)]
+                        values = tensors.get_slice(found.name)[(rows, *index)]
+                        if not finite(values):  # asked now that it is in the processor's caches
+                            where = f"{found.file.name}, rows {rows.start} … {rows.stop - 1}"
+                            raise CheckpointError(f"{found.name} holds NaN or infinite numbers ({where})")
+                        yield piece.at + start - piece.start, values
 
 
 def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Checkpoint:
