@@ -232,9 +232,10 @@ def test_a_checkpoint_that_does_not_fit(spec: Path, tmp_path: Path) -> None:
 
 
 def test_a_report_needs_a_folder(spec: Path, tmp_path: Path) -> None:
-    result = call("verify", spec, "--report", tmp_path / "nowhere" / "report.html")
+    (tmp_path / "file").touch()
+    result = call("verify", spec, "--report", tmp_path / "file" / "report.html")
     assert result.exit_code == 2
-    assert "there is no folder" in result.stderr
+    assert "is no folder" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ at full size
