@@ -249,9 +249,10 @@ def test_hypothesis_leaves_nothing_in_the_current_folder(spec: Path, monkeypatch
 
 
 def test_a_report_needs_a_folder(spec: Path, tmp_path: Path) -> None:
-    result = call("verify", spec, "--report", tmp_path / "nowhere" / "report.html")
+    (tmp_path / "file").touch()
+    result = call("verify", spec, "--report", tmp_path / "file" / "report.html")
     assert result.exit_code == 2
-    assert "there is no folder" in result.stderr
+    assert "is no folder" in result.stderr
 
 
 # ------------------------------------------------------------------------------------------------------ at full size
