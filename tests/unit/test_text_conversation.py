@@ -225,13 +225,13 @@ def test_what_is_not_applied_is_said(run: Run, tmp_path: Path) -> None:
     ("error", "code", "said"),
     [
         (KeyboardInterrupt(), 130, ""),
-        (MemoryError(), 2, "error: there is not enough memory; "),
+        (MemoryError(), 2, "error: there is not enough memory for "),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"),
             2,
             "error: there",
         ),
-        (RuntimeError("std::bad_alloc"), 2, "error: there is not enough memory; "),
+        (RuntimeError("std::bad_alloc"), 2, "error: there is not enough memory for "),
         (OSError(28, "No space left on device", "/x"), 2, "error: /x: No space left on device"),
         (OSError("no such thing"), 2, "error: no such thing"),
         (ValueError("no"), 2, "error: no"),

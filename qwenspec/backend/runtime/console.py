@@ -1,4 +1,4 @@
-"""How the command ends when something goes wrong that is not its own mistake."""
+"""How the command ends, and what it says beside its answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
         return BROKEN_PIPE
     except Exception as error:
         if _out_of_memory(error):
-            tell("error: there is not enough memory; fewer or shorter prompts, or a smaller --max-tokens, need less")
+            tell("error: there is not enough memory for the model and what is asked; shorter and fewer texts need less")
         elif isinstance(error, OSError) and error.filename:
             tell(f"error: {error.filename}: {error.strerror}")
         elif isinstance(error, (*errors, ValueError, OSError)):
