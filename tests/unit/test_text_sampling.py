@@ -96,6 +96,7 @@ def test_a_tiny_temperature_is_greedy(package: ModuleType, temperature: float) -
         ({"top_p": float("nan")}, "top_p is above 0 and at most 1, and not nan"),
         ({"seed": -1}, r"seed is an integer from 0 to 2\^64 - 1, and not -1"),
         ({"seed": 2**64}, r"seed is an integer from 0 to 2\^64 - 1, and not 18446744073709551616"),
+        ({"seed": 1.5}, r"seed is an integer from 0 to 2\^64 - 1, and not 1.5"),
         ({"max_tokens": 0}, "max_tokens is an integer from 1 on, and not 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""How the command ends when something goes wrong that is not its own mistake."""
+"""How the command ends, and what it says beside its answers."""
 
 from __future__ import annotations
 

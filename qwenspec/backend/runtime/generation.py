@@ -29,13 +29,13 @@ class Sampling:
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature is a number from 0 on, and not {self.temperature}")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
+        if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is an integer from 0 on, and not {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is above 0 and at most 1, and not {self.top_p}")
-        if not 0 <= self.seed < 2**64:
+        if not isinstance(self.seed, int) or not 0 <= self.seed < 2**64:
             raise ValueError(f"seed is an integer from 0 to 2^64 - 1, and not {self.seed}")
-        if self.max_tokens < 1:
+        if not isinstance(self.max_tokens, int) or self.max_tokens < 1:
             raise ValueError(f"max_tokens is an integer from 1 on, and not {self.max_tokens}")
 
     @property

@@ -1,4 +1,8 @@
-"""Text in and out: the checkpoint's tokenizer, chat template, stop tokens and sampling."""
+"""Text in and out.
+
+[LM_HEAD] The checkpoint's tokenizer, chat template, stop tokens and sampling.
+[not LM_HEAD] The checkpoint's tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +98,7 @@ class Text:
                 raise TextError(f"{file}: {wrong[0]} is no number")
             try:
                 Sampling(**found)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:  # an integer may be too large for a float
                 raise TextError(f"{file}: {error}") from error
             return found
 
