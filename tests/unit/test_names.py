@@ -203,6 +203,12 @@ def test_generated_code_of_a_folder_can_be_made_again(checkpoint: Path, monkeypa
     assert call(*command.split()[1:], "--check").exit_code == 0
 
 
+def test_a_path_that_nobody_could_read_in_generated_code_is_refused(checkpoint: Path) -> None:
+    folder = checkpoint.rename(checkpoint.with_name("a\nb"))
+    for spec in (folder, folder / "config.json"):
+        assert refusal(str(spec))[0] == "unprintable-path"
+
+
 def test_a_folder_without_config_says_what_to_name(tmp_path: Path) -> None:
     assert refusal(str(tmp_path))[:2] == ("not-a-checkpoint", "this folder has no config.json, so it is no checkpoint")
     (tmp_path / "own.yaml").write_text(TINY)
