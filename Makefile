@@ -19,7 +19,11 @@ demo: $(INSTALLED)
 # has processes of its own.
 PYTEST := $(BIN)/python -m pytest
 PARALLEL := -n auto --maxprocesses 8 --dist
+# What TVM packages compile is compiled once for all of these, unless the environment names a folder that stays.
+LIBRARIES := $(CURDIR)/build/test-libraries
+test: export QWENSPEC_CACHE ?= $(LIBRARIES)
 test: $(INSTALLED)
+	rm -rf '$(LIBRARIES)'
 	$(PYTEST) $(PARALLEL) loadfile -m "not interpreter and not aot and not gpu" --ignore=tests/hf_parity --ignore=tests/equivalence
 	$(PYTEST) tests/hf_parity
 	$(PYTEST) $(PARALLEL) worksteal --complete tests/equivalence

@@ -14,8 +14,10 @@ import qwenspec
 from qwenspec.commands import console, interrupt
 from qwenspec.commands.console import guarded
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
+from qwenspec.files import check_place
 
 GENERATED = Path("generated")
+MOST = 2**31 - 1  # tokens and sequences
 
 app = typer.Typer(
     name="qwenspec",
@@ -106,7 +108,7 @@ Weights = Annotated[
     typer.Option("--weights", "-w", metavar="DIR", help="Hugging Face checkpoint folder. Default: SPEC, if it is one."),
 ]
 Context = Annotated[
-    int | None, typer.Option("--context", metavar="L", min=1, help="Tokens of a sequence. Default: 4096.")
+    int | None, typer.Option("--context", metavar="L", min=1, max=MOST, help="Tokens of a sequence. Default: 4096.")
 ]
 Degree = Annotated[int, typer.Option("--tp", metavar="N", help="Tensor-parallel ranks.")]
 Dtype = Annotated[Precision | None, typer.Option(help="Default: the spec's.")]
@@ -296,7 +298,7 @@ def plan(
     spec: Spec,
     tp: Degree = 1,
     context: Context = None,
-    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, help="Sequences.")] = 1,
+    batch: Annotated[int, typer.Option("--batch", metavar="B", min=1, max=MOST, help="Sequences.")] = 1,
     variant: Variant = None,
     as_json: Json = False,
 ) -> None:
@@ -391,6 +393,8 @@ def logits(
     from qwenspec.commands.specs import pick, weights_of
 
     tokens, picked = execute.token_ids(ids), pick(spec, variant)
+    if out is not None:
+        check_place(out)
     found = execute.logits(picked, backend, weights_of(spec, weights), tokens, device, dtype)
     if out is not None:
         execute.save(out, found)

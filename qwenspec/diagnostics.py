@@ -41,16 +41,19 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Diagnostic:
-    """One mistake. `code` is stable and greppable (`unknown-key`); `hint` says how to get out."""
+    """One mistake. `code` is stable and greppable (`unknown-key`); `hint` says how to get out.
+
+    `details` are further lines of the message."""
 
     code: str
     message: str
     location: Location | None = None
     hint: str = ""
+    details: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, str | int]:
         """The JSON form; `file`, `line` and `column` are absent when there is no place."""
-        told: dict[str, str | int] = {"code": self.code, "message": self.message}
+        told: dict[str, str | int] = {"code": self.code, "message": "\n".join((self.message, *self.details))}
         if self.location:
             told["file"] = self.location.file
             if self.location.line:
@@ -65,7 +68,7 @@ class SpecError(Exception):
         self.diagnostics = tuple(diagnostics)
         self.exit_code = exit_code
         assert self.diagnostics, "a SpecError needs at least one diagnostic"
-        super().__init__("\n".join(d.message for d in self.diagnostics))
+        super().__init__("\n".join(line for d in self.diagnostics for line in (d.message, *d.details)))
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str | None:
@@ -107,6 +110,7 @@ def _render(diagnostic: Diagnostic, color: bool) -> str:
     location = diagnostic.location
     place = paint(f"{printable(str(location))}: ", "1") if location else ""
     lines = [f"{place}{paint(f'error[{diagnostic.code}]', '1;31')}{paint(': ' + printable(diagnostic.message), '1')}"]
+    lines += [_on_screen(line) for line in diagnostic.details]
     margin = " "
     if location and location.line and location.text.strip():
         number = f"{location.line:>4}"

@@ -39,6 +39,10 @@ def read(path: str | Path, wanted_by: Location | None = None, limit: int = MAX_B
     whole = wanted_by or Location(name, 0, 0)
     refuse_unprintable(name, whole)
     try:
+        if wanted_by and not os.path.realpath(name).endswith((".yaml", ".yml")):
+            # Diagnostics quote what they are about, and this may be anything that the user can read.
+            hint = "a file that another one names is called .yaml or .yml, and no link to something else"
+            _fail("not-a-yaml-file", f"`{name}` is not a YAML file by its name", whole, hint)
         # Not blocking: opening a pipe that nobody writes to would wait for ever.
         with os.fdopen(os.open(name, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -282,7 +286,7 @@ class _Composer:
             return text, here, True
         if text in _WORDS:
             return _WORDS[text], here, False
-        if len(text) > MAX_DIGITS and _FLOAT.fullmatch(text):
+        if len(text) > MAX_DIGITS and (_FLOAT.fullmatch(text) or _INT.fullmatch(text)):
             _fail("number-too-long", f"a number of {len(text):,} characters", here)
         if _INT.fullmatch(text):
             return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10)), here, False

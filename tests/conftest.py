@@ -7,13 +7,16 @@ import os
 import hypothesis
 import pytest
 
-# The same examples every time, and nothing that a slow machine could fail.
+PLANTED = os.environ.get("EQUIVALENCE_PROFILE") == "mutants"
+# The same examples every time, and nothing that a slow machine could fail. Of mistakes that plant.py planted any
+# example will do, and is not made small.
 hypothesis.settings.register_profile(
     "steady",
     derandomize=True,
     database=None,
     deadline=None,
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate] if PLANTED else list(hypothesis.Phase),
 )
 hypothesis.settings.load_profile("steady")
 

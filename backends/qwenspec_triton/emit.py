@@ -18,7 +18,7 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     runtime = ["cache", "graphs", "parallel", "weights"]
-    shared = ["checkpoint", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
+    shared = ["checkpoint", "checks", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
     if shape.head != "embedding":
         runtime.append("generate")
         shared += ["answers", "chat", "conversation", "detokenizer", "generation"]
@@ -34,7 +34,7 @@ def emit(model: Model) -> dict[str, str]:
         ),
         **vendor((HERE / "runtime" / f"{name}.py" for name in runtime), shape),
         **_kernels(shape, linears["plain_product"]),
-        **common(shape, *shared),
+        **common(shape, *shared, GPU_TENSORS=True),
         **manifest(model),
     }
 

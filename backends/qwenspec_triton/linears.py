@@ -71,8 +71,10 @@ def linear_context(model: Model, shape: Structure) -> dict[str, Any]:
 
 def _kind(format: WeightFormat, biased: bool) -> Kind:
     if isinstance(format, Fp8Format):
-        activations = " and inputs rounded to it" if format.dynamic else ""
-        return Kind("Fp8", f"in float8{activations}", "block: tuple[int, int]", "weight_block", biased)
+        title = "in float8" + " and inputs rounded to it" * (format.activations != "none")
+        if format.scales != "block":
+            return Kind("Fp8", title, has_bias=biased)
+        return Kind("Fp8", title, "block: tuple[int, int]", "weight_block", biased)
     title = f"of {format.bits}-bit integers"
     if format.group_size is None:
         return Kind(f"Int{format.bits}", title, has_bias=biased)

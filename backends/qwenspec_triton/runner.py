@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +27,7 @@ class TritonRunner(PackageRunner):
         return {name: self._numpy(output) for name, output in outputs.items()}
 
     def _ids(self, ids: Ints) -> Tensor:
-        return torch.as_tensor(np.asarray(ids), device=self.model.device)
+        return torch.as_tensor(ids, device=self.model.device)
 
     def _embeds(self, embeds: Floats) -> Tensor:
         return torch.as_tensor(embeds, device=self.model.device).to(self.model.dtype)

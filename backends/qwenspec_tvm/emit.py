@@ -15,7 +15,7 @@ def emit(model: Model) -> dict[str, str]:
     """Path inside the package -> text."""
     shape = structure(model)
     left_out = {"__init__"}
-    shared = ["checkpoint", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
+    shared = ["checkpoint", "checks", "console", "machine", "ranks", "sequences", "stored", "text", "tokenizer"]
     if shape.head != "embedding":
         shared += ["answers", "chat", "conversation", "detokenizer", "generation"]
     else:
@@ -36,7 +36,7 @@ def emit(model: Model) -> dict[str, str]:
         **vendor(runtime, shape),
         **vendor(kernels, shape, "kernels"),
         # TVM's cache cannot give pages back behind a window: it would lose the tokens' positions.
-        **common(shape, *shared, EVICTS=False),
+        **common(shape, *shared, EVICTS=False, GPU_TENSORS=False),
         **manifest(model),
     }
 

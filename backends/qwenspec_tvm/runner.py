@@ -40,7 +40,7 @@ class TvmRunner(PackageRunner):
             raise SpecError([Diagnostic("build", str(error))]) from error
 
     def _ids(self, ids: Ints) -> Ints:
-        return np.ascontiguousarray(ids, dtype=np.int32)
+        return ids
 
     def _embeds(self, embeds: Floats) -> Floats:
         return embeds

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.api import Cache, Runner
+from qwenspec.backend.fitting import way_out
 from qwenspec.backend.load import import_package
+from qwenspec.backend.registry import MANIFEST
 from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.nodes import Model
 
@@ -65,28 +68,30 @@ class PackageRunner(ABC):
         try:
             self.model = self._load(weights, device, dtype)
         except self.module.CheckpointError as error:
-            hint = "is it the checkpoint of this variant?"
-            raise SpecError([Diagnostic("checkpoint", str(error), hint=hint)]) from error
+            raise _not_loaded(package, weights, str(error)) from error
         except self.module.RankError as error:
             raise SpecError([Diagnostic("ranks", str(error))]) from error
 
     def embed(self, ids: Ints) -> Floats:
-        return self._numpy(self.model.embed(self._ids(ids)))
+        return self._numpy(self.model.embed(self._ids(numbers("ids", ids))))
 
     def prefill(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.prefill(self._embeds(embeds), cache))
+        return self._numpy(self.model.prefill(self._embeds(numbers("embeds", embeds)), cache))
 
     def decode(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.decode(self._embeds(embeds), cache))
+        return self._numpy(self.model.decode(self._embeds(numbers("embeds", embeds)), cache))
 
     def batch_prefill(self, embeds: Floats, logit_positions: Ints, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_prefill(self._embeds(embeds), self._ids(logit_positions), cache))
+        given = self._embeds(numbers("embeds", embeds))
+        return self._numpy(
+            self.model.batch_prefill(given, self._ids(numbers("logit_positions", logit_positions)), cache)
+        )
 
     def batch_decode(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_decode(self._embeds(embeds), cache))
+        return self._numpy(self.model.batch_decode(self._embeds(numbers("embeds", embeds)), cache))
 
     def batch_verify(self, embeds: Floats, cache: Cache) -> Floats:
-        return self._numpy(self.model.batch_verify(self._embeds(embeds), cache))
+        return self._numpy(self.model.batch_verify(self._embeds(numbers("embeds", embeds)), cache))
 
     def create_paged_kv_cache(
         self,
@@ -118,6 +123,27 @@ class PackageRunner(ABC):
     @abstractmethod
     def _numpy(self, tensor: Any) -> Floats:
         """A tensor of the package's, of any floating dtype."""
+
+
+def numbers(name: str, values: Any) -> Any:
+    """An array of a dtype that every backend's tensors can have."""
+    import numpy as np
+
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} are numbers, and not {array.dtype}")
+    return array
+
+
+def _not_loaded(package: Path, weights: Path, said: str) -> SpecError:
+    """Why a package did not load a checkpoint; where that is of another variant, which one."""
+    message, *details = said.splitlines()
+    hint = ""
+    if details:
+        # Of a package that was carried elsewhere the spec may not be there: then no variant is found.
+        manifest = json.loads((package / MANIFEST).read_text(encoding="utf-8"))
+        hint = way_out(manifest["spec"], weights)
+    return SpecError([Diagnostic("checkpoint", message, hint=hint, details=tuple(details))])
 
 
 def is_layer(address: str) -> bool:

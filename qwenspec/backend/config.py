@@ -57,7 +57,7 @@ def _quantization_fields(model: Model) -> list[Field]:
     match shape.weights or shape.head_weights:
         case IntFormat(group_size=int() as size):
             return [_field("group_size", size, "inputs of a quantised matrix that share a scale")]
-        case Fp8Format(block=block):
+        case Fp8Format(block=block, scales="block"):
             comment = "outputs and inputs of a quantised matrix that share a scale"
             return [Field("weight_block", "tuple[int, int]", repr(block), comment)]
     return []

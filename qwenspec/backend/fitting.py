@@ -15,7 +15,7 @@ from qwenspec.backend.runtime.stored import (
     either_name,
     read_headers,
 )
-from qwenspec.diagnostics import SpecError
+from qwenspec.diagnostics import SpecError, listed
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.ir.quantized import blocks, stored_tensors
@@ -49,6 +49,13 @@ def fitting_variants(file: str | Path, folder: Path) -> list[str]:
     except (CheckpointError, SpecError):
         return []
     return [model.name for model in models if not problems(model, stored)]
+
+
+def way_out(file: str | Path, folder: Path) -> str:
+    """A hint for someone whose checkpoint is not that of the variant of a spec file."""
+    if names := fitting_variants(file, folder):
+        return f"it is the checkpoint of {listed(names)} in {file}: choose with --variant"
+    return "`qwenspec import` makes the spec of a checkpoint"
 
 
 def problems(model: Model, stored: Mapping[str, Stored]) -> list[str]:

@@ -25,7 +25,7 @@ from qwenspec.ir import rope as formulas
 from qwenspec.ir import shares
 from qwenspec.ir.nodes import Model, WeightFormat
 from qwenspec.ir.quantized import Block, blocks, stored_tensors
-from qwenspec.ir.shard import mlp_unit, shared_blocks
+from qwenspec.ir.shard import Sharing, mlp_unit
 from qwenspec.ir.shares import Shared
 
 HERE = Path(__file__).parent  # its templates/ and runtime/ are what packages of all backends share
@@ -135,9 +135,10 @@ def _entries(model: Model) -> list[dict[str, Any]]:
     """Of parameters that layers have in common one, with `{i}` in place of the layer; `layers` when not all have it."""
     layers: dict[str, list[int]] = {}
     entries: dict[str, dict[str, Any]] = {}
+    sharing = Sharing(model)
     for param in model.params():
         layer = re.match(r"layers\.(\d+)\.", param.name)
-        for block, shared in shared_blocks(model, param):
+        for block, shared in sharing.blocks(param):
             in_any_layer = _in_any_layer(model.checkpoint_layer, int(layer[1])) if layer else str
             entry = _entry(block, shared, in_any_layer)
             key = json.dumps(entry)

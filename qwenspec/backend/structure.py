@@ -74,6 +74,7 @@ class Structure:
     def _quantization_flags(self) -> dict[str, bool | str]:
         weights, head = self.weights, self.head_weights
         integers = weights if isinstance(weights, IntFormat) else None
+        floats = weights if isinstance(weights, Fp8Format) else None
         return {
             "QUANTIZED": weights is not None or head is not None,
             "PACKING": packing(weights or head),
@@ -84,8 +85,13 @@ class Structure:
             "ZERO_POINTS": integers is not None and integers.zero_points,
             "ACT_ORDER": integers is not None and integers.act_order,
             "APART": self.apart,
-            "FP8": isinstance(weights, Fp8Format),
-            "DYNAMIC_ACTIVATIONS": isinstance(weights, Fp8Format) and weights.dynamic,
+            "PACK_QUANTIZED": packing(weights) == "pack_quantized",
+            "FP8": floats is not None,
+            "FP8_SCALES": floats.scales if floats else "",
+            "ROW_SCALES": floats is not None and floats.scales != "block",
+            "ROUNDED_ACTIVATIONS": floats is not None and floats.activations != "none",
+            "STATIC_ACTIVATIONS": floats is not None and floats.activations == "static",
+            "WIDE_SCALES": packing(weights) in ("fp8", "pack_quantized"),
             "QUANTIZED_HEAD": head is not None,
             "INT8_HEAD": packing(head) == "int8" and packing(weights) != "int8",
         }
@@ -124,7 +130,7 @@ def structure(model: Model) -> Structure:
 
 
 def packing(format: WeightFormat | None) -> str:
-    """How a checkpoint packs it: awq, gptq, fp8, int8 or int4; empty in full precision."""
+    """How a checkpoint packs it: awq, gptq, pack_quantized, fp8, int8 or int4; empty in full precision."""
     if isinstance(format, IntFormat):
         return "gptq" if format.packing == "gptq_v2" else format.packing
     return "fp8" if format else ""

@@ -10,7 +10,9 @@ import functools
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,6 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
+TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 PACKAGE = Path(__file__).parents[1]
 
@@ -128,15 +131,39 @@ def guarded(command: Callable[P, ExitCode | None]) -> Callable[P, None]:
     return run
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: it ends a process as Ctrl-C does, by an exception, so that temporary folders go."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGTERM)
+    if not main or before is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def outcome(command: Callable[[], ExitCode | None]) -> int:
     """Run a command, say what stopped it if anything did, and return its exit code."""
     try:
-        code = _ended(command)
+        with _terminable():
+            code = _ended(command)
         sys.stdout.flush()
         return code
     except SpecError as error:
         show_diagnostics(error.diagnostics)
         code = error.exit_code
+    except Terminated:
+        code = TERMINATED
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import runpy
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import find, open_runner
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
+from qwenspec.files import write_whole
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import plan
 from qwenspec.spec.document import Spec
@@ -42,7 +42,7 @@ def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[
     """The same by `degree` processes that share the model. Ends this one with SystemExit too."""
     plan(lower(spec), degree)  # raises where so many cannot
     _check_ranks(backend, device, degree)
-    with _package(spec, backend, device) as package, _terminable():
+    with _package(spec, backend, device) as package:
         command = [sys.executable, "-P", "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
         # In a session of its own: Ctrl-C is for this process, which ends the others.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -96,8 +96,7 @@ def save(file: Path, values: Floats) -> None:
     """Write the array as NumPy's .npy, under exactly that name."""
     import numpy as np
 
-    with file.open("wb") as stream:
-        np.save(stream, values)
+    write_whole(file, lambda stream: np.save(stream, values))
     console.note(f"wrote {file}: {values.dtype} {list(values.shape)}")
 
 
@@ -154,20 +153,6 @@ def _check_ranks(backend: str, device: str | None, degree: int) -> None:
         raise SpecError(
             [Diagnostic("no-device", f"{degree} ranks take a GPU each, and there are {gpus} here", hint=hint)]
         )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends this process as Ctrl-C does: by an exception."""
-
-    def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _bad_ids(message: str, hint: str) -> SpecError:

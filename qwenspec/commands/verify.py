@@ -15,7 +15,7 @@ from qwenspec.commands import console
 from qwenspec.commands.execute import arguments
 from qwenspec.commands.specs import pick
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
-from qwenspec.files import write_whole
+from qwenspec.files import check_place, write_whole
 
 LIBRARIES = ("numpy", "safetensors", "hypothesis")  # without which nothing can be verified
 SGR = {"✓": "32", "≈": "33", "✗": "1;31"}  # colours of the signs
@@ -30,8 +30,8 @@ def run(spec: str, page: Path | None, as_json: bool, **options: Any) -> ExitCode
     from qwenspec.verify.metrics import Verdict
     from qwenspec.verify.verification import Request, verify
 
-    if page is not None and not page.absolute().parent.is_dir():
-        raise SpecError([Diagnostic("no-folder", f"there is no folder {page.absolute().parent} for the report")])
+    if page is not None:
+        check_place(page)
     request = Request(
         pick(spec, options["variant"]),
         shlex.join(["qwenspec", "verify", spec, *arguments(options)]),

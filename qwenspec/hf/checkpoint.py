@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from qwenspec import tree
-from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers
+from qwenspec.backend.runtime.stored import INDEX, CheckpointError, Stored, choose_files, read_headers, shown
 from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.hf import json_source, modules
+from qwenspec.hf import json_source, modelopt, modules
 from qwenspec.hf.importer import ImportResult, import_config
 from qwenspec.hf.json_file import read_json
 from qwenspec.hf.tensors import Held
@@ -41,6 +41,8 @@ def import_path(path: str | Path, name: str | None = None, ignore: tuple[str, ..
     if path.is_dir():
         normalize, said = modules.normalizes(folder)
         held = tensors_in(folder)
+        if not config.get("quantization_config") and (quantized := modelopt.beside(folder)):
+            config["quantization_config"] = quantized
         notes += [*held.notes, *said, *_untie(config, held.stored)]
     result = import_config(
         config,
@@ -78,11 +80,12 @@ def tensors_in(folder: Path, whole: bool = False) -> Held:
     notes = list(files.notes)
     unseen = {tensor for tensor, file in files.indexed.items() if file not in there and tensor not in stored}
     if absent := len(files.files) - len(there):
+        count = len(files.files)
         notes.append(
-            f"{absent:,} of {len(files.files):,} files are not there: of their tensors the names alone are known."
+            f"Files that are not there: {absent:,} of {count:,}. Of their tensors only the names were checked."
         )
     if lost := sorted(set(files.indexed) - unseen - set(stored)):
-        notes.append(f"{INDEX} names {len(lost):,} tensors that its files do not hold, such as {lost[0]}.")
+        notes.append(f"{INDEX} names what its files do not hold: {len(lost):,} tensors, such as {shown(lost[0])}.")
     return Held(stored, frozenset(unseen), tuple(notes))
 
 

@@ -12,6 +12,7 @@ from qwenspec import tree as source_tree
 from qwenspec.diagnostics import listed
 from qwenspec.hf import quantization, qwen1, qwen2, tensors
 from qwenspec.hf.config import Config, Report
+from qwenspec.hf.harmless import FIXED
 from qwenspec.hf.tensors import Held
 from qwenspec.hf.writer import write_spec
 from qwenspec.spec.architecture import Architecture
@@ -66,7 +67,10 @@ def import_config(
     layout = _layout(architecture["checkpoint"]["layout"])
     if ignore:
         architecture["checkpoint"]["ignore"] = list(ignore)
-    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0)
+    has_head = not architecture["tie_word_embeddings"] and architecture.get("lm_head", True) is not None
+    quantized = quantization.read(keys, layout, architecture["num_hidden_layers"] or 0, has_head)
+    for key, (allowed, why) in FIXED.items():
+        keys.fixed(key, *allowed, why=why)
     keys.report_unread()
     report.check()
     tree: Tree = {

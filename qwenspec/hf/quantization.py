@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt, unsupported
 from qwenspec.hf.config import Config
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
+COMPRESSED_TENSORS = "compressed-tensors"
 OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
 _RECORDS = (
+    "act_group_aware",
+    "amp",
+    "autoround_version",
     "backend",
     "batch_size",
     "block_name_to_quantize",
@@ -23,37 +28,64 @@ _RECORDS = (
     "dataset",
     "disable_exllama",
     "do_fuse",
+    "dynamic_max_gap",
+    "enable_minmax_tuning",
+    "enable_norm_bias_tuning",
+    "enable_quanted_input",
     "exllama_config",
     "fuse_max_seq_len",
+    "gradient_accumulate_steps",
+    "is_checkpoint_fp8_serialized",
+    "iters",
+    "low_cpu_mem_usage",
+    "low_gpu_mem_usage",
+    "lr",
+    "lr_scheduler",
     "max_input_length",
     "meta",
+    "minmax_lr",
     "model_file_base_name",
     "model_name_or_path",
     "model_seqlen",
     "module_name_preceding_first_block",
     "modules_to_fuse",
+    "not_use_best_mse",
+    "nsamples",
     "pad_token_id",
+    "provider",
+    "quant_nontext_module",
     "quantizer",
+    "sampler",
+    "scale_dtype",
+    "seqlen",
     "static_groups",
+    "to_quant_block_names",
     "tokenizer",
+    "train_bs",
     "true_sequential",
     "use_cuda_fp16",
     "use_exllama",
 )
 
 
-def read(config: Config, layout: Layout, num_layers: int) -> dict[str, Any] | None:
-    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names."""
+def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False) -> dict[str, Any] | None:
+    """The spec's `quantization`, None in full precision. The checkpoint's modules have the layout's names.
+
+    has_head: there is an LM head that is not the embedding"""
     quantized = config.child("quantization_config")
-    if quantized is None:
+    if quantized is None or unsupported.reported(quantized):
         return None
-    method = quantized.choice("quant_method", tuple(_READERS))
+    method = quantized.choice("quant_method", (*_READERS, COMPRESSED_TENSORS, modelopt.METHOD))
     for key in _RECORDS:
         quantized.get(key)
     if method is None:
         quantized.unread.clear()
         return None
     modules = weights.linears(layout, num_layers)
+    if method == COMPRESSED_TENSORS:
+        return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
+    if method == modelopt.METHOD:
+        return modelopt.read(quantized, modules, layout.lm_head if has_head else None)
     if method == OURS:  # others never quantise these
         modules += [layout.embedding, layout.lm_head]
     return _READERS[method](quantized, modules)
@@ -71,6 +103,8 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "weight_block_size": list(block),
                 "modules_to_not_convert": list(skip) or None,
             }
+        case Fp8() | PackQuantized():
+            fields = compressed_tensors.write(quantization)
         case Awq(bits=bits, group_size=group_size, skip=skip):
             fields = {
                 "quant_method": "awq",
@@ -80,8 +114,10 @@ def write(quantization: Quantization | None) -> dict[str, Any]:
                 "zero_point": True,
                 "modules_to_not_convert": list(skip) or None,
             }
-        case Gptq():
+        case Gptq(skip=skip):
             fields = {"quant_method": "gptq", **quantization.model_dump(exclude={"scheme", "skip"})}
+            if skip:
+                fields["dynamic"] = gptq_dynamic.rules(skip)
         case Int8(skip=skip) | Int4(skip=skip):
             fields = {
                 "quant_method": OURS,
@@ -98,8 +134,6 @@ def lacks(quantization: Quantization | None) -> list[str]:
     match quantization:
         case Fp8Block(activations="none"):
             return ["quantization.activations: none"]
-        case Gptq(skip=skip) if skip:
-            return ["quantization.skip with gptq"]
         case _:
             return []
 
@@ -112,6 +146,10 @@ def matching(entry: str, modules: Sequence[str]) -> list[str]:
 
 def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("fmt", "e4m3", None, why="the other float8 formats are not implemented")
+    config.fixed("scale_fmt", "float", None, why="scales are read as floats alone")
+    config.fixed("expert_dtype", "fp8", None, why="there are no experts")
+    config.fixed("dequantize", False, None, why="weights are multiplied as they are stored")
+    config.fixed("modules_to_convert", None, [], why="linear layers alone are quantised")
     config.choice("activation_scheme", ("dynamic",), "dynamic")
     block = config.get("weight_block_size")
     if block is None:
@@ -124,6 +162,11 @@ def _fp8(config: Config, linears: Sequence[str]) -> dict[str, Any]:
 
 def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("version", "gemm", "GEMM", why="the other AWQ layouts are packed differently")
+    config.fixed("format", "gemm", None, why="the other AWQ layouts are packed differently")
+    config.fixed("desc_act", False, None, why="AWQ's inputs are in their own order")
+    config.fixed("data_type", "int", None, why="AWQ's values are integers")
+    config.fixed("modules_in_block_to_quantize", None, why="AWQ names what it leaves alone in modules_to_not_convert")
+    config.get("sym")  # zero_point says it: transformers' own class writes true beside zero points
     config.fixed("zero_point", True, why="AWQ without zero points is another format")
     bits, group_size = config.get("bits"), config.size("group_size")
     if bits != 4:
@@ -132,10 +175,11 @@ def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
 
 
 def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    config.fixed("dynamic", None, why="per-module settings are not implemented")
     config.fixed("lm_head", False, None, why="the LM head is always in full precision")
     config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
+    config.fixed("data_type", "int", None, why="GPTQ's values are integers")
+    config.fixed("method", "gptq", None, why="it is the same key as quant_method")
     found: dict[str, Any] = {
         "scheme": "gptq",
         "bits": config.get("bits"),
@@ -146,13 +190,17 @@ def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     if found["group_size"] != -1:
         config.size("group_size")
     found["sym"], found["desc_act"] = config.flag("sym", True), config.flag("desc_act", False)
-    if config.get("checkpoint_format") is not None:
-        found["checkpoint_format"] = config.choice("checkpoint_format", ("gptq", "gptq_v2"))
+    for key in ("format", "checkpoint_format"):  # GPTQModel renames the second to the first, and writes both
+        if config.get(key) is not None:
+            config.fixed(key, found.get("checkpoint_format", config.get(key)), why="the two names of one key differ")
+            found["checkpoint_format"] = config.choice(key, ("gptq", "gptq_v2"))
+    common = {key: found[key] for key in ("bits", "group_size", "sym", "desc_act")}
+    skip = gptq_dynamic.excluded(config, linears, common)
     # Names inside a layer, in groups by the order of quantisation; whatever is not among them was left alone.
     if inside := config.names("modules_in_block_to_quantize"):
         chosen = tuple(f".{name}" for name in inside)
-        found["skip"] = [name for name in linears if not name.endswith(chosen)]
-    return found
+        skip = [name for name in linears if name in skip or not name.endswith(chosen)]
+    return found | ({"skip": skip} if skip else {})
 
 
 def _ours(config: Config, modules: Sequence[str]) -> dict[str, Any]:
@@ -172,5 +220,7 @@ _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
 
 def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
     """`modules_to_not_convert` as the modules that it names. What is never quantised needs no entry."""
-    named = {name for entry in config.names("modules_to_not_convert") for name in matching(entry, modules)}
+    skipped, ignored = config.names("modules_to_not_convert"), config.names("ignored_layers")  # two names of one key
+    entries = skipped if config.get("modules_to_not_convert") is not None else ignored
+    named = {name for entry in entries for name in matching(entry, modules)}
     return {"skip": [name for name in modules if name in named]} if named else {}

@@ -23,6 +23,8 @@ def read(config: Config, qwen3: bool) -> Tree:
     layers = config.size("num_hidden_layers", 32, MAX_LAYERS)
     heads = config.size("num_attention_heads", 32)
     bias = config.flag("attention_bias", default=False) if qwen3 else True
+    if not qwen3:
+        config.fixed("attention_bias", True, why="Hugging Face's Qwen2 has these biases whatever its config says")
     config.fixed("pretraining_tp", 1, why="others split matrix products, which changes the rounding")
     config.fixed("use_mrope", False, why="multi-axis rotary embedding is not implemented")
     _note_dual_chunk_attention(config)

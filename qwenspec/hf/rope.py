@@ -35,6 +35,7 @@ def read(config: Config, max_position_embeddings: int | None) -> dict[str, Any]:
         where.fixed("partial_rotary_factor", 1.0, None, why="Hugging Face's Qwen2 and Qwen3 rotate the whole head")
     rope: dict[str, Any] = {"theta": _theta(config, scaling), "compute_dtype": "activation"}
     kind = _kind(scaling)
+    scaling.get("finetuned")  # whether the model was trained further with it; the formula is the same
     if kind == "default":
         return rope
     if kind not in SCALINGS:

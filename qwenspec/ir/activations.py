@@ -213,7 +213,7 @@ def _turned(rank: Rank, format: WeightFormat | None, share: ShardedParam) -> int
     if format is None:
         return 0
     if isinstance(format, Fp8Format):
-        return (inputs + -(-inputs // format.block[1]) * FLOAT32) * format.dynamic
+        return (inputs + format.groups(inputs) * FLOAT32) * (format.activations != "none")
     return inputs * rank.value * format.act_order
 
 

@@ -35,7 +35,7 @@ class IntFormat:
     order than their own (GPTQ's desc_act).
     """
 
-    packing: Literal["awq", "gptq", "gptq_v2", "int8", "int4"]
+    packing: Literal["awq", "gptq", "gptq_v2", "pack_quantized", "int8", "int4"]
     bits: Literal[4, 8]
     group_size: int | None
     zero_points: bool = False
@@ -50,11 +50,18 @@ class IntFormat:
 class Fp8Format:
     """W[n, k] = q[n, k] · s[n // block[0], k // block[1]], q in float8 e4m3; blocks at the edges may be smaller.
 
-    `dynamic`: activations are rounded to e4m3 too, with a scale for each token and block[1] inputs.
+    `block`: with 0 inputs, all of them. `scales`: what has a scale in the checkpoint; a tensor's is each row's in
+    memory. `activations`: whether they are rounded to e4m3 too, dynamic: with a scale for each token and block[1]
+    inputs, or static: with one for all tokens, which the checkpoint has for each of its modules.
     """
 
     block: tuple[int, int]
-    dynamic: bool
+    scales: Literal["block", "channel", "tensor"] = "block"
+    activations: Literal["dynamic", "static", "none"] = "none"
+
+    def groups(self, inputs: int) -> int:
+        """Blocks beside one another."""
+        return -(-inputs // self.block[1]) if self.block[1] else 1
 
 
 WeightFormat = IntFormat | Fp8Format

@@ -1,6 +1,7 @@
 """Quantised weights: which format a spec's scheme is, how a checkpoint stores it, and what lies in one piece.
 
-Formats as in the checkpoints of AutoAWQ, AutoGPTQ, Qwen3-*-FP8, and of `qwenspec convert` (docs/quantization.md).
+Formats as in the checkpoints of AutoAWQ, AutoGPTQ, compressed-tensors, TensorRT Model Optimizer, Qwen3-*-FP8, and of
+`qwenspec convert` (docs/quantization.md).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass
 
 from qwenspec.ir.nodes import Fp8Format, IntFormat, Param, Source, WeightFormat
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
 INT8_PER_ROW = IntFormat("int8", bits=8, group_size=None)
 _FLOATS = ("F32", "F16", "BF16", "F64")
@@ -42,12 +43,22 @@ def weight_format(quantization: Quantization) -> WeightFormat:
     """The format of linear layers."""
     match quantization:
         case Fp8Block(block=block, activations=activations):
-            return Fp8Format(block, dynamic=activations == "dynamic")
+            return Fp8Format(block, activations=activations)
+        case Fp8(scales=scales, activations=activations):
+            return Fp8Format((1, 0), scales, activations)
         case Awq(bits=bits, group_size=group_size):
             return IntFormat("awq", bits, group_size, zero_points=True)
         case Gptq():
             return IntFormat(
                 quantization.checkpoint_format,
+                quantization.bits,
+                None if quantization.group_size == -1 else quantization.group_size,
+                zero_points=not quantization.sym,
+                act_order=quantization.desc_act,
+            )
+        case PackQuantized():
+            return IntFormat(
+                "pack_quantized",
                 quantization.bits,
                 None if quantization.group_size == -1 else quantization.group_size,
                 zero_points=not quantization.sym,
@@ -71,14 +82,31 @@ def stored_tensors(source: Source, inputs: int) -> dict[str, StoredTensor]:
     module, rows = source.tensor.removesuffix(".weight"), source.rows
     shapes: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
     match source.format:
-        case Fp8Format(block=(height, width)):
-            scales = (-(-rows // height), -(-inputs // width))
+        case Fp8Format(scales="block") as blocked:
+            scales = (-(-rows // blocked.block[0]), blocked.groups(inputs))
             shapes = {"weight": ((rows, inputs), ("F8_E4M3",)), "weight_scale_inv": (scales, _FLOATS)}
+        case Fp8Format(scales=per, activations=activations):
+            shapes = {
+                "weight": ((rows, inputs), ("F8_E4M3",)),
+                "weight_scale": ((1,) if per == "tensor" else (rows, 1), _FLOATS),
+            }
+            if activations == "static":
+                shapes["input_scale"] = ((1,), _FLOATS)
         case IntFormat(packing="int8"):
             shapes = {"qweight": ((rows, inputs), ("I8",)), "scales": ((rows,), _FLOATS)}
         case IntFormat(packing="int4") as own:
             scales = (rows, own.groups(inputs))
             shapes = {"qweight": ((rows, -(-inputs // 2)), ("U8",)), "scales": (scales, _FLOATS)}
+        case IntFormat(packing="pack_quantized") as own:
+            per_word, groups = 32 // own.bits, own.groups(inputs)
+            shapes = {
+                "weight_packed": ((rows, -(-inputs // per_word)), ("I32",)),
+                "weight_scale": ((rows, groups), _FLOATS),
+                "weight_shape": ((2,), ("I64",)),
+                "weight_g_idx": ((inputs,), ("I32",)),
+            }
+            if own.zero_points:
+                shapes["weight_zero_point"] = ((-(-rows // per_word), groups), ("I32",))
         case IntFormat() as packed:
             per_word, groups = 32 // packed.bits, packed.groups(inputs)
             words = (inputs, rows // per_word) if packed.packing == "awq" else (inputs // per_word, rows)
@@ -93,7 +121,7 @@ def stored_tensors(source: Source, inputs: int) -> dict[str, StoredTensor]:
             raise AssertionError(f"{source.tensor} is not quantised")
     optional = isinstance(source.format, IntFormat) and not source.format.act_order
     return {
-        suffix: StoredTensor(f"{module}.{suffix}", shape, dtypes, optional=optional and suffix == "g_idx")
+        suffix: StoredTensor(f"{module}.{suffix}", shape, dtypes, optional=optional and suffix.endswith("g_idx"))
         for suffix, (shape, dtypes) in shapes.items()
     }
 
@@ -112,11 +140,10 @@ def blocks(param: Param) -> tuple[Block, ...]:
 
 def block_bytes(format: WeightFormat, rows: int, inputs: int) -> int:
     """Bytes in memory of a quantised matrix: values, in whole groups, scales, zero points, and its inputs' order."""
-    if isinstance(format, Fp8Format):
-        height, width = format.block
-        return rows * inputs + 4 * -(-rows // height) * -(-inputs // width)
     groups = format.groups(inputs)
-    scale = 4 if format.packing == "int8" else 2
+    if isinstance(format, Fp8Format):
+        return rows * inputs + 4 * -(-rows // format.block[0]) * groups + 4 * (format.activations == "static")
+    scale = 4 if format.packing in ("int8", "pack_quantized") else 2
     values = rows * groups * math.ceil((format.group_size or inputs) * format.bits / 8)
     return values + rows * groups * (scale + format.zero_points) + 4 * inputs * format.act_order
 
@@ -124,18 +151,22 @@ def block_bytes(format: WeightFormat, rows: int, inputs: int) -> int:
 def format_title(format: WeightFormat) -> str:
     """For people: `awq, 4 bits in groups of 128`."""
     if isinstance(format, Fp8Format):
-        return f"fp8 in blocks of {format.block[0]} × {format.block[1]}" + ", and activations" * format.dynamic
+        shared = {"channel": "whole rows", "tensor": "whole matrices"}
+        pieces = shared.get(format.scales, f"blocks of {format.block[0]} × {format.block[1]}")
+        rounded = {"dynamic": ", and activations", "static": ", and activations with stored scales"}
+        return f"fp8 in {pieces}{rounded.get(format.activations, '')}"
     groups = "whole rows" if format.group_size is None else f"groups of {format.group_size}"
     order = " in an order of their own" * format.act_order
     return f"{format.packing}, {format.bits} bits in {groups}{order}"
 
 
 def _lie_together(sources: tuple[Source, ...]) -> bool:
-    """Whether sources of one format can be one matrix: each with its own order of inputs, or cut blocks, cannot."""
+    """Whether sources of one format can be one matrix: each with its own order of inputs, or scale of them, or cut
+    blocks, cannot."""
     if len(sources) == 1:
         return True
     match sources[0].format:
-        case IntFormat(act_order=True):
+        case IntFormat(act_order=True) | Fp8Format(activations="static"):
             return False
         case Fp8Format(block=(height, _)):
             return all(source.rows % height == 0 for source in itertools.islice(sources, len(sources) - 1))

@@ -49,7 +49,7 @@ def plan(model: Model, degree: int) -> TensorParallelPlan:
     if problems := obstacles(model, degree):
         raise SpecError(problems)
     attention, mlp = model.layers[0].mixer, model.layers[0].feed_forward
-    keys = _heads(model, attention.num_kv_heads)
+    keys, sharing = _heads(model, attention.num_kv_heads), Sharing(model)
     held = tuple(tuple(head.start // attention.head_dim for head in keys.held(degree, rank)) for rank in range(degree))
     return TensorParallelPlan(
         degree=degree,
@@ -58,43 +58,60 @@ def plan(model: Model, degree: int) -> TensorParallelPlan:
         kv_head_indices=held,
         intermediate_size=shares.Part(mlp.intermediate_size, mlp_unit(model), 0).share(degree),
         vocab_size=shares.Part(model.vocab_size, 1, 0).share(degree),
-        params=tuple(_sharded(param, shared(model, param), degree) for param in model.params()),
+        params=tuple(_sharded(param, sharing.of(param), degree) for param in model.params()),
     )
 
 
-def shared(model: Model, param: Param) -> Shared:
-    """How ranks share a parameter, all of it in one piece."""
-    whole = Shared(param.name, param.shape)
-    match param.shard:
-        case Shard.REPLICATE:
-            return whole
-        case Shard.FIRST:
-            return replace(whole, first=True)
-        case Shard.VOCAB:
-            return replace(whole, rows=(shares.Part(model.vocab_size, 1, 0),))
-        case Shard.COLUMN:
-            return replace(whole, rows=tuple(_part(model, part) for part in param.parts))
-        case Shard.ROW:
-            return replace(whole, columns=_inputs(model, param))
-        case _:
-            assert_never(param.shard)
+class Sharing:
+    """How ranks share the parameters of a model."""
 
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._unit = mlp_unit(model)
+        self._after_attention = {id(layer.mixer.o_proj.weight) for layer in model.layers}
 
-def shared_blocks(model: Model, param: Param) -> Iterator[tuple[Block, Shared]]:
-    """The same for each block of rows that a parameter is stored in."""
-    found, whole = blocks(param), shared(model, param)
-    for block, part in zip(found, whole.rows if len(found) > 1 else [None], strict=True):
-        yield (
-            block,
-            replace(
-                whole,
-                name=block.name,
-                shape=(block.rows, *param.shape[1:]),
-                rows=(part,) if part else whole.rows,
-                block=_block(block.format),
-                ordered=isinstance(block.format, IntFormat) and block.format.act_order,
-            ),
-        )
+    def of(self, param: Param) -> Shared:
+        """A parameter, all of it in one piece."""
+        whole = Shared(param.name, param.shape)
+        match param.shard:
+            case Shard.REPLICATE:
+                return whole
+            case Shard.FIRST:
+                return replace(whole, first=True)
+            case Shard.VOCAB:
+                return replace(whole, rows=(shares.Part(self.model.vocab_size, 1, 0),))
+            case Shard.COLUMN:
+                return replace(whole, rows=tuple(map(self._part, param.parts)))
+            case Shard.ROW:
+                return replace(whole, columns=self._inputs(param))
+            case _:
+                assert_never(param.shard)
+
+    def blocks(self, param: Param) -> Iterator[tuple[Block, Shared]]:
+        """The same for each block of rows that a parameter is stored in."""
+        found, whole = blocks(param), self.of(param)
+        for block, part in zip(found, whole.rows if len(found) > 1 else [None], strict=True):
+            yield (
+                block,
+                replace(
+                    whole,
+                    name=block.name,
+                    shape=(block.rows, *param.shape[1:]),
+                    rows=(part,) if part else whole.rows,
+                    block=_block(block.format),
+                    ordered=isinstance(block.format, IntFormat) and block.format.act_order,
+                    token_scales=_has_token_scales(block.format),
+                ),
+            )
+
+    def _part(self, part: Part) -> shares.Part:
+        return _heads(self.model, part.heads) if part.heads else shares.Part(part.rows, self._unit, 0)
+
+    def _inputs(self, param: Param) -> shares.Part:
+        """What a row-parallel matrix reads: query heads, or the MLP's features."""
+        if id(param) in self._after_attention:
+            return _heads(self.model, self.model.layers[0].mixer.num_heads)
+        return shares.Part(param.shape[1], self._unit, 0)
 
 
 def mlp_unit(model: Model) -> int:
@@ -131,25 +148,15 @@ def obstacles(model: Model, degree: int) -> list[Diagnostic]:
 
 def _parameters(model: Model) -> list[Shared]:
     """Layers that differ in nothing but their index are one."""
-    found = [held for param in model.params() for _, held in shared_blocks(model, param)]
+    sharing = Sharing(model)
+    found = [held for param in model.params() for _, held in sharing.blocks(param)]
     return list({replace(held, name=shares.title(held)): held for held in found}.values())
-
-
-def _part(model: Model, part: Part) -> shares.Part:
-    return _heads(model, part.heads) if part.heads else shares.Part(part.rows, mlp_unit(model), 0)
 
 
 def _heads(model: Model, heads: int) -> shares.Part:
     """Query heads or key/value heads."""
     attention = model.layers[0].mixer
     return shares.Part(heads * attention.head_dim, attention.head_dim, attention.num_heads // heads)
-
-
-def _inputs(model: Model, param: Param) -> shares.Part:
-    """What a row-parallel matrix reads: query heads, or the MLP's features."""
-    if any(param is layer.mixer.o_proj.weight for layer in model.layers):
-        return _heads(model, model.layers[0].mixer.num_heads)
-    return shares.Part(param.shape[1], mlp_unit(model), 0)
 
 
 def _size(block: Block) -> tuple[int, int]:
@@ -165,6 +172,10 @@ def _block(format: WeightFormat | None) -> tuple[int, int] | None:
             return (1, size or 0)
         case None:
             return None
+
+
+def _has_token_scales(format: WeightFormat | None) -> bool:
+    return isinstance(format, Fp8Format) and format.activations == "dynamic" and not format.block[1]
 
 
 def _sharded(param: Param, held: Shared, degree: int) -> ShardedParam:

@@ -69,6 +69,7 @@ class Shared:
     first: rank 0 has all rows, and the others have zeros
     block: rows and columns that share a scale, if the parameter is quantised; 0 columns: whole rows
     ordered: its columns belong to groups in an order of their own
+    token_scales: what it multiplies is rounded with one scale for all inputs of a token
     """
 
     name: str
@@ -78,6 +79,7 @@ class Shared:
     first: bool = False
     block: tuple[int, int] | None = None
     ordered: bool = False
+    token_scales: bool = False
 
     def share(self, degree: int) -> tuple[int, ...]:
         """The shape on each of `degree` ranks."""
@@ -123,13 +125,14 @@ def read_entry(entry: Mapping[str, Any]) -> Shared:
         first="rank" in entry,
         block=tuple(block) if format else None,
         ordered=format.get("act_order", False),
+        token_scales=format.get("activations") == "dynamic" and not block[1],
     )
 
 
 def legal_degrees(parameters: Sequence[Shared]) -> list[int]:
     """Every number of ranks that can share the parameters, ascending; 1 is always among them."""
     queries = [part.size // part.unit for shared in parameters for part in shared.rows if part.readers == 1]
-    return [degree for degree in range(1, min(queries) + 1) if not obstacles(parameters, degree)]
+    return [degree for degree in _divisors(math.gcd(*queries)) if not obstacles(parameters, degree)]
 
 
 def obstacles(parameters: Iterable[Shared], degree: int) -> list[str]:
@@ -147,6 +150,11 @@ def obstacles(parameters: Iterable[Shared], degree: int) -> list[str]:
 def explanation(parameters: Sequence[Shared]) -> str:
     """Which numbers of ranks can share the parameters, for people."""
     return "degrees that work: " + ", ".join(map(str, legal_degrees(parameters)))
+
+
+def _divisors(number: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(number) + 1) if number % divisor == 0]
+    return sorted({*small, *(number // divisor for divisor in small)})
 
 
 def cut(pieces: Iterable[Piece], sizes: Sequence[int]) -> Iterator[tuple[int, Piece]]:
@@ -185,7 +193,9 @@ def _cuts(shared: Shared, degree: int) -> Iterator[str]:
     if shared.columns is None:
         return
     inputs = shared.columns.share(degree)
-    if shared.ordered:
+    if shared.token_scales:
+        yield f"{title(shared)}: a token's inputs share a scale, and {degree} ranks would each have some of them"
+    elif shared.ordered:
         yield f"{title(shared)}: desc_act puts inputs of all {degree} ranks into one group"
     elif width and inputs % width:
         yield f"{title(shared)}: {inputs} inputs on each of {degree} ranks are not a multiple of its groups of {width}"

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from qwenspec.spec.attention import Attention
-from qwenspec.spec.base import Dtype, Model, PositiveInt
+from qwenspec.spec.base import WIDEST, Dtype, Model, PositiveInt
 from qwenspec.spec.checkpoint import Checkpoint
 from qwenspec.spec.head import Embedding, LmHead
 from qwenspec.spec.mlp import Mlp
@@ -19,9 +19,9 @@ class Architecture(Model):
     """A dense decoder."""
 
     vocab_size: PositiveInt = Field(description="Rows of the embedding; a tokenizer may use fewer.")
-    hidden_size: PositiveInt = Field(description="Width of the residual stream.")
+    hidden_size: Annotated[int, Field(gt=0, le=WIDEST)] = Field(description="Width of the residual stream.")
     num_hidden_layers: Annotated[int, Field(gt=0, le=1000)] = Field(description="How many layers.")
-    num_attention_heads: PositiveInt = Field(description="How many query heads.")
+    num_attention_heads: Annotated[int, Field(gt=0, le=1024)] = Field(description="How many query heads.")
     num_key_value_heads: PositiveInt | None = Field(
         default=None, description="null: as many as attention heads (MHA); 1 is MQA, between is GQA."
     )

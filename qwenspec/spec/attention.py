@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qwenspec.spec.base import Model, PositiveFloat, PositiveInt
+from qwenspec.spec.base import LARGEST, WIDEST, Model, PositiveFloat, PositiveInt
 
 
 class AttentionBias(Model):
@@ -19,7 +19,7 @@ class AttentionBias(Model):
 class LogN(Model):
     """The query at position p is multiplied by max(1, ln(p + 1) / ln(train_length)), after RoPE (Qwen-1)."""
 
-    train_length: Annotated[int, Field(gt=1)] = Field(
+    train_length: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
         description="The length trained on: seq_length in Qwen-1's config.json."
     )
 
@@ -42,7 +42,7 @@ class SlidingWindow(Model):
 class Attention(Model):
     """Softmax attention with grouped key/value heads."""
 
-    head_dim: PositiveInt | None = Field(
+    head_dim: Annotated[int, Field(gt=0, le=WIDEST)] | None = Field(
         default=None, description="Width of a head. null: hidden_size / num_attention_heads."
     )
     scale: PositiveFloat | None = Field(default=None, description="Score scale. null: 1 / sqrt(head_dim).")

@@ -14,5 +14,7 @@ class Model(BaseModel):
 
 
 Dtype = Literal["bfloat16", "float16", "float32"]
-PositiveInt = Annotated[int, Field(gt=0)]
+LARGEST = 2**31 - 1  # of a size: what indices of 32 bits count
+WIDEST = 2**20  # of what every step of a model's description goes through
+PositiveInt = Annotated[int, Field(gt=0, le=LARGEST)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -137,7 +137,8 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
         code = "not-allowed"
     else:
         code = "wrong-type" if kind.endswith("_type") else "out-of-range"
-    message = f"{_subject(at.path)} must be {sentence(at.choices)}; found {found(node)}"
+    wanted = sentence(at.choices, limits=kind == "less_than_equal")
+    message = f"{_subject(at.path)} must be {wanted}; found {found(node)}"
     return Diagnostic(code, message, place(root, at.path), _hint(at, node))
 
 

@@ -29,6 +29,19 @@ class Fp8Block(_Quantized):
     )
 
 
+class Fp8(_Quantized):
+    """float8 e4m3 weights with one scale an output or a matrix (compressed-tensors, TensorRT Model Optimizer)."""
+
+    scheme: Literal["fp8"]
+    scales: Literal["channel", "tensor"] = Field(
+        default="channel", description="channel: one for each output. tensor: one for all of a checkpoint's matrix."
+    )
+    activations: Literal["dynamic", "static", "none"] = Field(
+        default="dynamic",
+        description="dynamic: per token. static: with the checkpoint's `input_scale`. none: weights only.",
+    )
+
+
 class Awq(_Quantized):
     """AutoAWQ's gemm format: 4 bits, groups along the inputs, zero points."""
 
@@ -51,6 +64,16 @@ class Gptq(_Quantized):
     )
 
 
+class PackQuantized(_Quantized):
+    """compressed-tensors' pack-quantized: 4 or 8 bits, groups along the inputs or whole rows."""
+
+    scheme: Literal["pack_quantized"]
+    bits: Literal[4, 8]
+    group_size: PositiveInt | Literal[-1] = Field(default=128, description=f"{_GROUP} -1: all of them.")
+    sym: bool = Field(default=True, description="Symmetric: there are no zero points.")
+    desc_act: bool = Field(default=False, description="Groups are of inputs in the order of `weight_g_idx`.")
+
+
 class Int8(_Quantized):
     """Round to nearest, symmetric, one scale an output channel."""
 
@@ -66,4 +89,4 @@ class Int4(_Quantized):
     head: Literal["none", "int8", "int4"] = Field(default="int8", description=_HEAD)
 
 
-Quantization = Annotated[Fp8Block | Awq | Gptq | Int8 | Int4, Field(discriminator="scheme")]
+Quantization = Annotated[Fp8Block | Fp8 | Awq | Gptq | PackQuantized | Int8 | Int4, Field(discriminator="scheme")]

@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from qwenspec.spec.base import Model, PositiveFloat, PositiveInt
+from qwenspec.spec.base import LARGEST, Model, PositiveFloat, PositiveInt
 
 Factor = Annotated[float, Field(ge=1.0, description="How many times longer than the length trained on.")]
-OriginalLength = Annotated[int, Field(gt=0, description="The length trained on, before scaling.")]
+OriginalLength = Annotated[PositiveInt, Field(description="The length trained on, before scaling.")]
 
 
 class Linear(Model):
@@ -70,7 +70,7 @@ class LongRope(Model):
         description="A divisor for each rotating pair, for sequences up to the original length."
     )
     long_factor: tuple[PositiveFloat, ...] = Field(description="A divisor for each rotating pair, for longer ones.")
-    original_max_position_embeddings: Annotated[int, Field(gt=1)] = Field(
+    original_max_position_embeddings: Annotated[int, Field(gt=1, le=LARGEST)] = Field(
         description="The length trained on, before scaling."
     )
     factor: Factor | None = Field(

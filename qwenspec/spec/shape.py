@@ -16,6 +16,7 @@ from qwenspec.diagnostics import listed
 
 DISCRIMINATORS = ("kind", "scheme")  # the keys that choose between models
 _ONE = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+USUAL_LIMIT = 1024  # from which on a largest size goes without saying
 _MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
@@ -78,14 +79,16 @@ def discriminator(choices: Shape) -> str | None:
     return next(key for key in DISCRIMINATORS if all(key in m.model_fields for m in models))
 
 
-def sentence(choices: Shape) -> str:
-    """`bfloat16`, `float16` or `float32`; a whole number from 1 to 8, or null; …"""
+def sentence(choices: Shape, limits: bool = False) -> str:
+    """`bfloat16`, `float16` or `float32`; a number above 0 and up to 1, or null; …
+
+    `limits`: with the largest sizes too, which are far from any that is meant."""
     literals = [str(_yaml(v)) for a in choices if a.origin is Literal for v in typing.get_args(a.type)]
     words = [listed(literals)] if literals else []
     if tagged(choices):
         words.append(f"a mapping with `{discriminator(choices)}`")
     else:
-        words += [_words(a) for a in choices if a.origin is not Literal and a.type is not type(None)]
+        words += [_words(a, limits) for a in choices if a.origin is not Literal and a.type is not type(None)]
     if any(a.type is type(None) for a in choices):
         words.append("null")
     return (", or " if len(words) > 2 or "," in words[0] else " or ").join(words)
@@ -100,7 +103,7 @@ def _yaml(value: object) -> object:
     return str(value).lower() if isinstance(value, bool) else value
 
 
-def _words(choice: Alternative) -> str:
+def _words(choice: Alternative, limits: bool) -> str:
     if choice.model or choice.origin is dict:
         needed = [key for key, (info, _) in fields(choice.model).items() if info.is_required()] if choice.model else []
         return f"a mapping with {listed(needed, 'and')}" if 0 < len(needed) <= 2 else "a mapping"
@@ -109,20 +112,24 @@ def _words(choice: Alternative) -> str:
         (each,) = shape(args[0])
         count = "" if Ellipsis in args else f"{len(args)} "
         least = ", at least one" if _never_empty(choice) else ""
-        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each)}{least}"
-    return _ONE[choice.type] + _bounds_in_words(choice) + (", not empty" if _never_empty(choice) else "")
+        return f"a list of {count}{_MANY[each.type]}{_bounds_in_words(each, limits)}{least}"
+    return _ONE[choice.type] + _bounds_in_words(choice, limits) + (", not empty" if _never_empty(choice) else "")
 
 
 def _never_empty(choice: Alternative) -> bool:
     return any(getattr(bound, "min_length", None) for bound in choice.bounds)
 
 
-def _bounds_in_words(choice: Alternative) -> str:
-    words = {"gt": "above {:g}", "ge": "of at least {:g}", "lt": "below {:g}", "le": "up to {:g}"}
+def _bounds_in_words(choice: Alternative, limits: bool) -> str:
+    words = {"gt": "above {}", "ge": "of at least {}", "lt": "below {}", "le": "up to {}"}
     told = [
-        phrase.format(getattr(bound, name))
+        phrase.format(_number(value))
         for name, phrase in words.items()
         for bound in choice.bounds
-        if getattr(bound, name, None) is not None
+        if (value := getattr(bound, name, None)) is not None and (limits or value < USUAL_LIMIT)
     ]
     return f" {' and '.join(told)}" if told else ""
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if value >= 10_000 else f"{value:g}"

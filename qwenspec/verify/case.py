@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from pydantic import Field, field_validator, model_validator
+
+from qwenspec.spec.base import Dtype, Model, PositiveInt
 from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache, Int8KvCache
-from qwenspec.spec.quantization import Fp8Block
-from qwenspec.verify.steps import CacheSizes
+from qwenspec.spec.quantization import Fp8, Fp8Block
+from qwenspec.verify.steps import CacheSizes, check_sizes
 
 REFERENCE = "reference"
 HUGGING_FACE = "huggingface"
@@ -59,8 +62,8 @@ class Case:
     def rounded(self) -> tuple[Rounded, ...]:
         """What the spec itself rounds so coarsely that a difference in the last bit may become a large one."""
         quantization = self.spec.quantization
-        dynamic = isinstance(quantization, Fp8Block) and quantization.activations == "dynamic"
-        found: tuple[Rounded, ...] = ("activations",) if dynamic else ()
+        rounds = isinstance(quantization, Fp8Block | Fp8) and quantization.activations != "none"
+        found: tuple[Rounded, ...] = ("activations",) if rounds else ()
         match self.spec.kv_cache:
             case None:
                 return found
@@ -82,14 +85,46 @@ class Case:
         }
 
     @classmethod
-    def from_data(cls, data: Mapping[str, Any]) -> Case:
-        """What to_data wrote. Raises KeyError, TypeError or ValueError (pydantic's too) for anything else."""
-        return cls(
-            spec=Spec.model_validate(data["spec"], strict=False),
-            seed=data["seed"],
-            dtype=data["dtype"],
-            sizes=CacheSizes(**data["sizes"]),
-            contenders=tuple(data["contenders"]),
-            weights=None if data["weights"] is None else Path(data["weights"]),
-            device=data["device"],
-        )
+    def from_data(cls, data: object) -> Case:
+        """What to_data wrote. Raises ValueError (pydantic's too) for anything else, and for what is larger than
+        anybody verifies."""
+        stored = _Stored.model_validate(data)
+        # Lists are tuples in JSON, and nothing else is what it is not.
+        spec = Spec.model_validate_json(json.dumps(stored.spec))
+        if told := sorted({"file", "options"} & stored.spec.keys()):
+            raise ValueError(f"`{told[0]}` says where a spec came from, and is not in one")
+        sizes = CacheSizes(**stored.sizes.model_dump())
+        weights = None if stored.weights is None else Path(stored.weights)
+        return cls(spec, stored.seed, stored.dtype, sizes, tuple(stored.contenders), weights, stored.device)
+
+
+class _Sizes(Model):
+    page_size: PositiveInt
+    pages: PositiveInt
+    max_batch_size: PositiveInt
+    chunk: PositiveInt
+    evicts: bool
+
+    @model_validator(mode="after")
+    def _are_not_large(self) -> _Sizes:
+        check_sizes(CacheSizes(**self.model_dump()))
+        return self
+
+
+class _Stored(Model):
+    """A case in JSON."""
+
+    spec: dict[str, Any]
+    seed: int = Field(ge=0, lt=1 << 32)
+    dtype: Dtype
+    sizes: _Sizes
+    contenders: list[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]{0,63}(@[1-9][0-9]{0,5})?$")]]
+    weights: str | None
+    device: str = Field(pattern=r"^[a-z]+(:[0-9]{1,3})?$")
+
+    @field_validator("contenders")
+    @classmethod
+    def _begin_with_the_reference(cls, names: list[str]) -> list[str]:
+        if len(names) < 2 or names[0] != REFERENCE or len({*names}) < len(names):
+            raise ValueError("the contenders are not the reference and others")
+        return names

@@ -2,7 +2,8 @@
 spec, not the IR, and shares nothing with what the packages load by.
 
 K inputs, N outputs; a weight is [N, K]. Formats: AutoAWQ's gemm (arXiv:2306.00978), AutoGPTQ's (arXiv:2210.17323), the
-block-wise e4m3 of Qwen3-*-FP8, and `qwenspec convert`'s int8 and int4.
+block-wise e4m3 of Qwen3-*-FP8, compressed-tensors' float-quantized and pack-quantized, TensorRT Model Optimizer's FP8,
+and `qwenspec convert`'s int8 and int4.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8, Quantization
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 from qwenspec.verify.reference_rope import Array
 
 Tensor = npt.NDArray[Any]
@@ -39,6 +40,10 @@ class QuantizedMatrix:
         match self.scheme:
             case Fp8Block(block=(height, width)):
                 return {"weight": (rows, columns), "weight_scale_inv": (-(-rows // height), -(-columns // width))}
+            case Fp8(scales=scales, activations=activations):
+                static: dict[str, tuple[int, ...]] = {"input_scale": (1,)} if activations == "static" else {}
+                one_each = (rows, 1) if scales == "channel" else (1,)
+                return {"weight": (rows, columns), "weight_scale": one_each, **static}
             case Awq(group_size=size):
                 groups = columns // size
                 return {"qweight": (columns, rows // 8), "qzeros": (groups, rows // 8), "scales": (groups, rows)}
@@ -50,6 +55,16 @@ class QuantizedMatrix:
                     "scales": (groups, rows),
                     "g_idx": (columns,),
                 }
+            case PackQuantized(bits=bits, sym=sym):
+                groups, word = -(-columns // self.group_size), 32 // bits
+                zeros: dict[str, tuple[int, ...]] = {} if sym else {"weight_zero_point": (-(-rows // word), groups)}
+                return {
+                    "weight_packed": (rows, -(-columns // word)),
+                    "weight_scale": (rows, groups),
+                    "weight_shape": (2,),
+                    "weight_g_idx": (columns,),
+                    **zeros,
+                }
             case Int8():
                 return {"qweight": (rows, columns), "scales": (rows,)}
             case Int4():
@@ -58,13 +73,21 @@ class QuantizedMatrix:
     @property
     def optional(self) -> frozenset[str]:
         """Suffixes of tensors that a file need not have."""
-        return frozenset(("g_idx",)) if isinstance(self.scheme, Gptq) and not self.scheme.desc_act else frozenset()
+        match self.scheme:
+            case Gptq(desc_act=False):
+                return frozenset(("g_idx",))
+            case PackQuantized(desc_act=False):
+                return frozenset(("weight_g_idx",))
+            case _:
+                return frozenset()
 
     @property
     def group_size(self) -> int:
         """Inputs that share a scale."""
         match self.scheme:
-            case Awq(group_size=size) | Gptq(group_size=size) | Int4(group_size=size) if size > 0:
+            case (
+                Awq(group_size=size) | Gptq(group_size=size) | PackQuantized(group_size=size) | Int4(group_size=size)
+            ) if size > 0:
                 return size
             case Fp8Block(block=(_, size)):
                 return size
@@ -76,12 +99,20 @@ class QuantizedMatrix:
         match self.scheme:
             case Fp8Block(block=block):
                 return fp8_weight(stored["weight"], stored["weight_scale_inv"], block)
+            case Fp8():
+                return fp8_rows(stored["weight"], stored["weight_scale"])
             case Awq(group_size=size):
                 return awq_weight(stored["qweight"], stored["qzeros"], stored["scales"], size)
             case Gptq(bits=bits, checkpoint_format=version):
                 group = stored["g_idx"] if "g_idx" in stored else np.arange(self.columns) // self.group_size
                 one_less = version == "gptq"
                 return gptq_weight(stored["qweight"], stored["qzeros"], stored["scales"], group, bits, one_less)
+            case PackQuantized(bits=bits, sym=sym):
+                if stored["weight_shape"].tolist() != [self.rows, self.columns]:
+                    raise ValueError(f"weight_shape is {stored['weight_shape'].tolist()}")
+                group = stored.get("weight_g_idx", np.arange(self.columns) // self.group_size)
+                zeros = None if sym else stored["weight_zero_point"]
+                return packed_weight(stored["weight_packed"], zeros, stored["weight_scale"], group, bits)
             case Int8():
                 return stored["qweight"].astype(np.float64) * stored["scales"].astype(np.float64)[:, None]
             case Int4():
@@ -107,6 +138,8 @@ class Dequantized(Mapping[str, Tensor]):
             if suffix in matrix.optional and tensor not in self._stored:
                 continue
             found[suffix] = self._stored[tensor]
+            if shape == (1,) and found[suffix].shape == ():  # one number, either way
+                continue
             if found[suffix].shape != shape:
                 raise ValueError(f"{tensor} has shape {found[suffix].shape}, the spec says {shape}")
         return matrix.dequantized(found)
@@ -116,6 +149,7 @@ class Dequantized(Mapping[str, Tensor]):
             f"{name.removesuffix('.weight')}.{suffix}"
             for name, matrix in self._matrices.items()
             for suffix in matrix.stored_shapes()
+            if suffix != "input_scale"  # says nothing of the weight
         }
         yield from self._matrices
         yield from (name for name in self._stored if name not in quantized)
@@ -170,6 +204,12 @@ def fp8_weight(weight: Tensor, scale_inv: Tensor, block: tuple[int, int]) -> Arr
     return scaled
 
 
+def fp8_rows(weight: Tensor, scale: Tensor) -> Array:
+    """[N, K] of e4m3 [N, K] and a scale for each row, [N, 1], or for all, [1] or []."""
+    scaled: Array = E4M3_VALUES[weight.view(np.uint8)] * scale.astype(np.float64).reshape(-1, 1)
+    return scaled
+
+
 def awq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> Array:
     """[N, K] of int32 [K, N / 8] and [K / g, N / 8], packed along N in AWQ's order, and scales [K / g, N]."""
     q, zeros = (unpacked(words, 4, axis=1, order=AWQ_ORDER) for words in (qweight, qzeros))
@@ -184,6 +224,17 @@ def gptq_weight(qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, 
     q, zeros = unpacked(qweight, bits, axis=0), unpacked(qzeros, bits, axis=1) + one_less
     weight: Array = (q - zeros[g_idx]) * scales.astype(np.float64)[g_idx]
     return weight.T
+
+
+def packed_weight(words: Tensor, zeros: Tensor | None, scales: Tensor, group: Tensor, bits: int) -> Array:
+    """[N, K] of int32 [N, K · bits / 32], packed along K, and scales [N, groups]. Input k is of the group group[k].
+    Signed numbers are stored with 2^(bits - 1) added to them. So are zero points, int32 [N · bits / 32, groups], packed
+    along N; without them they are 0."""
+    middle, rows = 1 << (bits - 1), len(words)
+    q = unpacked(words, bits, axis=1)[:, : len(group)] - middle
+    z = np.zeros(scales.shape) if zeros is None else unpacked(zeros, bits, axis=0)[:rows] - middle
+    weight: Array = (q - z[:, group]) * scales.astype(np.float64)[:, group]
+    return weight
 
 
 def int4_weight(qweight: Tensor, scales: Tensor, columns: int, group_size: int) -> Array:
@@ -231,6 +282,11 @@ def rounded_activations(x: Array, group_size: int) -> Array:
     makes its largest |x| the largest number: q = e4m3(x / s), s = max|x| / 448, and the result is q · s."""
     parts = np.split(x, range(group_size, x.shape[-1], group_size), axis=-1)
     return np.concatenate([_rounded_group(part) for part in parts], axis=-1)
+
+
+def rounded_by(x: Array, scale: Array) -> Array:
+    """x rounded to e4m3 with a given scale s [1]: q = e4m3(x / s), at most the largest number; the result is q · s."""
+    return rounded_to_e4m3(x / scale) * scale
 
 
 def _rounded_group(x: Array) -> Array:

@@ -11,20 +11,19 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import numpy as np
 
-from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError, listed
+from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.hf.writer import spec_text, with_layout
-from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import ModuleError, first_parting, module_errors
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
+from qwenspec.verify.case import REFERENCE, Case
 from qwenspec.verify.session import Disagreement, Session
-from qwenspec.verify.steps import Forward, Step, from_data, kind_of, to_data
+from qwenspec.verify.steps import Forward, Step, kind_of, to_data
+from qwenspec.verify.stored_failure import Sequences, damaged, read_case, read_steps
 
 CASE, WORKLOAD, VERDICT = "case.json", "workload.json", "verdict.json"
 LIBRARIES = {  # name in versions.json -> distribution
@@ -53,19 +52,23 @@ class Parting:
 def write_failure(disagreement: Disagreement, folder: Path) -> Path:
     """Write everything that `replay` and a person need to `folder`, and return it. It is complete or absent.
 
-    An older failure there is replaced. Raises SpecError (`file-exists`) when something else is there."""
+    An older failure there is replaced. Raises SpecError (`file-exists`) when something else is there, and
+    `cannot-write`."""
     if folder.exists() and not _is_failure(folder):
         message = f"{folder} exists already, and is not the folder of a failure"
         raise SpecError([Diagnostic("file-exists", message, hint="move it away, or name another folder")])
-    folder.parent.mkdir(parents=True, exist_ok=True)
     case = _standalone(disagreement.case)
-    with tempfile.TemporaryDirectory(prefix=".failure-", dir=folder.parent) as beside:
-        new = Path(beside) / "new"
-        new.mkdir()
-        _write_files(disagreement, case, new, folder)
-        if folder.exists():
-            folder.rename(Path(beside) / "old")
-        new.rename(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".failure-", dir=folder.parent) as beside:
+            new = Path(beside) / "new"
+            new.mkdir()
+            _write_files(disagreement, case, new, folder)
+            if folder.exists():
+                folder.rename(Path(beside) / "old")
+            new.rename(folder)
+    except OSError as error:
+        raise SpecError([Diagnostic("cannot-write", f"{folder}: {error.strerror or error}")]) from error
     return folder
 
 
@@ -194,16 +197,20 @@ def replay(folder: Path) -> Disagreement | None:
 
     Raises SpecError for a file that is missing or damaged, weights that are gone, and what opening a contender
     raises."""
-    case = _read_case(folder / CASE)
-    file = folder / WORKLOAD
-    data = _read_json(file)
-    try:
-        steps = [from_data(step) for step in data]
-    except _DAMAGE as error:
-        _damaged(file, error)
-    if not steps:
-        _damaged(file, ValueError("there are no steps"))
-    return _run(case, steps)
+    case, file = read_case(folder / CASE), folder / WORKLOAD
+    steps = read_steps(file)
+    session, sequences = Session(case), Sequences(case)
+    for number, step in enumerate(steps, 1):
+        try:
+            sequences.check(step)
+        except ValueError as error:
+            damaged(file, ValueError(f"step {number}, {kind_of(step)}: {error}"))
+        try:
+            if session.do(step):
+                sequences.done(step)
+        except Disagreement as disagreement:
+            return disagreement
+    return None
 
 
 def locate(disagreement: Disagreement) -> Parting | None:
@@ -253,49 +260,3 @@ def _examined(disagreement: Disagreement) -> tuple[str, Parting | None]:
         return "it failed in the same way", locate(disagreement)
     except Exception as error:
         return f"it could not be examined: {type(error).__name__}: {error}", None
-
-
-# ------------------------------------------------------------------------------------------------------- reading
-
-_DAMAGE = (KeyError, TypeError, ValueError, AttributeError, RecursionError)
-
-
-def _read_case(file: Path) -> Case:
-    data = _read_json(file)
-    try:
-        case = Case.from_data(data)
-        if case.dtype not in get_args(Dtype):
-            raise ValueError(f"there is no dtype {case.dtype!r}")
-        if len(case.contenders) < 2 or case.contenders[0] != REFERENCE:
-            raise ValueError("the contenders are not the reference and others")
-    except _DAMAGE as error:
-        _damaged(file, error)
-    if case.weights is not None and not case.weights.is_dir():
-        message = f"the weights are not in {case.weights} any more"
-        hint = f"put them back, or write where they are to `weights` in {file.name}"
-        raise SpecError([Diagnostic("no-weights", message, Location(str(file), 0, 0), hint)])
-    missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
-    if HUGGING_FACE in case.contenders and missing:
-        message = f"running this again needs {listed(missing, 'and')}, which cannot be imported"
-        raise SpecError([Diagnostic("library-missing", message, Location(str(file), 0, 0))], ExitCode.BACKEND_MISSING)
-    return case
-
-
-def _read_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        message = f"the file cannot be read: {error.strerror}"
-        hint = "`qwenspec verify --replay` takes a folder that a failed verification wrote"
-        code = "file-not-found" if isinstance(error, FileNotFoundError) else "unreadable-file"
-        raise SpecError([Diagnostic(code, message, Location(str(file), 0, 0), hint)]) from error
-    except _DAMAGE as error:
-        _damaged(file, error)
-
-
-def _damaged(file: Path, error: Exception) -> NoReturn:
-    """For what is not as write_failure wrote it."""
-    told = str(error).splitlines()
-    reason = f"there is no {error}" if isinstance(error, KeyError) else told[0] if told else type(error).__name__
-    diagnostic = Diagnostic("damaged-failure", f"the file is damaged: {reason}", Location(str(file), 0, 0))
-    raise SpecError([diagnostic]) from error

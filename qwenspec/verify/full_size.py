@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
+from qwenspec.backend.fitting import way_out
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.backend.runtime.checkpoint import CheckpointError, read_manifest
 from qwenspec.backend.runtime.quantized import read_quantized
@@ -118,9 +119,10 @@ def check_fits(spec: Spec, folder: Path) -> None:
     for module, matrix in quantized_matrices(spec).items():
         for name in {f"{module}.{suffix}" for suffix in matrix.optional} - set(stored):
             del needed[name]
-    problems = differing({name: shape for name, shape in stored.items() if name in needed}, needed)
+    # One number may have an axis or none.
+    found = {n: (1,) if (shape, needed[n]) == ((), (1,)) else shape for n, shape in stored.items() if n in needed}
+    problems = differing(found, needed)
     if problems:
         more = f", and {len(problems) - TOLD:,} more" if len(problems) > TOLD else ""
         message = f"{folder} does not fit {spec.variant}: {'; '.join(problems[:TOLD])}{more}"
-        hint = "`qwenspec import` makes the spec of a checkpoint"
-        raise SpecError([Diagnostic("checkpoint", message, hint=hint)])
+        raise SpecError([Diagnostic("checkpoint", message, hint=way_out(spec.file, folder))])

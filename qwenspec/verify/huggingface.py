@@ -13,7 +13,7 @@ import numpy.typing as npt
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf.exporter import export_config
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Fp8Block
+from qwenspec.spec.quantization import Fp8, Fp8Block
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, LongRope
 from qwenspec.verify.contenders import Rows
 from qwenspec.verify.steps import Add, Commit, Fork, Forward, Popn, Remove, Restart, Step, path
@@ -27,7 +27,7 @@ def obstacle(spec: Spec) -> str | None:
         return "transformers has no class for Qwen-1"
     if isinstance(spec.architecture.rope.scaling, Dynamic | DynamicQwen1 | LongRope):
         return "its rotary frequencies follow the whole batch's length"
-    if isinstance(spec.quantization, Fp8Block) and spec.quantization.activations == "dynamic":
+    if isinstance(spec.quantization, Fp8Block | Fp8) and spec.quantization.activations != "none":
         return "it rounds no activations to FP8 on a CPU"
     if spec.kv_cache is not None:
         return "it caches keys and values as they are"

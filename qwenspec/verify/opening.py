@@ -17,8 +17,10 @@ import numpy.typing as npt
 
 from qwenspec.backend.api import Runner
 from qwenspec.backend.emit import emit
-from qwenspec.backend.registry import open_runner
+from qwenspec.backend.registry import find, open_runner
+from qwenspec.diagnostics import Diagnostic, listed
 from qwenspec.ir.lower import lower
+from qwenspec.ir.shard import obstacles
 from qwenspec.spec.document import Spec
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks
 from qwenspec.verify.checkpoint import StoredTensors
@@ -26,7 +28,7 @@ from qwenspec.verify.contenders import Contender, PackageContender, ReferenceCon
 from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.instruments import counting
 from qwenspec.verify.parallel import ParallelRunner
-from qwenspec.verify.rank_pool import RankPool, pool
+from qwenspec.verify.rank_pool import RankFailure, RankPool, give_up, pool
 from qwenspec.verify.weights import save_checkpoint, stored_weights
 
 
@@ -35,6 +37,22 @@ def open_contenders(case: Case) -> dict[str, Contender]:
 
     Raises what opening raises: SpecError for a checkpoint that does not fit or a missing backend."""
     return {name: _open(name, case) for name in case.contenders}
+
+
+def problem(name: str, spec: Spec, subject: Spec, device: str) -> Diagnostic | None:
+    """Why a backend, or so many ranks of its package, cannot take part: of a spec that is to be checked, and of the one
+    of its structure that is run."""
+    name, ranks = backend_and_ranks(name)
+    backend = find(name)
+    if reason := backend.unavailable():
+        return reason
+    if unsupported := backend.unsupported(lower(spec)):
+        return unsupported[0]
+    devices = [device.split()[0] for device in backend.devices()]
+    if device not in devices and f"{device}:0" not in devices:
+        message = f"the {name} backend cannot use the device `{device}` here"
+        return Diagnostic("no-device", message, hint=f"use {listed(devices)}")
+    return next(iter(obstacles(lower(subject), ranks)), None)
 
 
 def _open(name: str, case: Case) -> Contender:
@@ -83,7 +101,13 @@ def _parallel_runner(
     ranks: RankPool, spec: Spec, backend: str, weights: Path, device: str, dtype: str
 ) -> ParallelRunner:
     """The same on several ranks; nobody counts their kernels."""
-    return ParallelRunner(ranks, _package(spec, backend), weights, device, dtype)
+    runner = None
+    try:
+        runner = ParallelRunner(ranks, _package(spec, backend), weights, device, dtype)
+    except RankFailure:
+        if not ranks.closed:
+            raise
+    return runner or give_up(ranks)
 
 
 @functools.lru_cache(maxsize=64)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, Int8
+from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized
 from qwenspec.verify.dequantize import QuantizedMatrix, quantized_matrices
 
 Tensor = npt.NDArray[Any]
@@ -49,10 +49,14 @@ def _stored(matrix: QuantizedMatrix, w: Float32, draw: np.random.Generator) -> d
     match matrix.scheme:
         case Fp8Block(block=block):
             return _fp8(w, block, draw)
+        case Fp8():
+            return _fp8_rows(matrix.scheme, w, draw)
         case Awq():
             return _awq(matrix, w, draw)
         case Gptq():
             return _gptq(matrix, matrix.scheme, w, draw)
+        case PackQuantized():
+            return _pack_quantized(matrix, matrix.scheme, w, draw)
         case Int8():
             scales = (np.abs(w).max(axis=1) / np.float32(127)).astype(np.float32)
             return {"qweight": np.rint(_quotient(w, scales[:, None])).astype(np.int8), "scales": scales}
@@ -69,6 +73,55 @@ def _fp8(w: Float32, block: tuple[int, int], draw: np.random.Generator) -> dict[
     stored: Tensor = scales if draw.random() < 0.5 else scales.astype(ml_dtypes.bfloat16)
     q = np.clip(_quotient(w, stored.astype(np.float32)[rows][:, columns]), -448, 448)
     return {"weight": q.astype(ml_dtypes.float8_e4m3fn), "weight_scale_inv": stored}
+
+
+def _fp8_rows(scheme: Fp8, w: Float32, draw: np.random.Generator) -> dict[str, Tensor]:
+    largest = np.abs(w).max(axis=1, keepdims=True) if scheme.scales == "channel" else np.abs(w).max(keepdims=True)[0]
+    stored = _scale(largest / np.float32(448), draw)
+    q = np.clip(_quotient(w, stored.astype(np.float32)), -448, 448)
+    found: dict[str, Tensor] = {"weight": q.astype(ml_dtypes.float8_e4m3fn), "weight_scale": stored}
+    if scheme.activations == "static":  # for inputs of which some are beyond the largest number
+        found["input_scale"] = _scale(np.exp2(draw.uniform(-8, -5, 1)).astype(np.float32), draw)
+    return found
+
+
+def _scale(values: Float32, draw: np.random.Generator) -> Tensor:
+    """Scales as published files have them: in either dtype, and a single one as [1] or []."""
+    stored: Tensor = values if draw.random() < 0.5 else values.astype(ml_dtypes.bfloat16)
+    return stored.reshape(()) if stored.shape == (1,) and draw.random() < 0.5 else stored
+
+
+def _pack_quantized(
+    matrix: QuantizedMatrix, scheme: PackQuantized, w: Float32, draw: np.random.Generator
+) -> dict[str, Tensor]:
+    bits, word = scheme.bits, 32 // scheme.bits
+    group = np.arange(matrix.columns) // matrix.group_size
+    if scheme.desc_act:
+        group = draw.permutation(group)
+    shape = (group.max() + 1, matrix.rows)
+    zeros = (
+        np.full(shape, 1 << (bits - 1)) if scheme.sym else np.minimum(_zero_points(draw, shape, bits, 0), 2**bits - 1)
+    )
+    q, scales = _rounded(w, group, zeros, bits)
+    # Published files have the model's dtype: also numbers that float16 has not.
+    dtypes: tuple[type, ...] = (np.float16, ml_dtypes.bfloat16, np.float32)
+    stored: Tensor = (scales * np.float32(1.0003)).astype(dtypes[draw.integers(3)])
+    found: dict[str, Tensor] = {
+        "weight_packed": packed(_filled(q, word, draw, bits).T, bits, axis=1),
+        "weight_scale": np.ascontiguousarray(stored.T),
+        "weight_shape": np.array([matrix.rows, matrix.columns]),
+    }
+    if not scheme.sym:
+        found["weight_zero_point"] = packed(_filled(zeros.T, word, draw, bits), bits, axis=0)
+    if scheme.desc_act or draw.random() < 0.25:
+        found["weight_g_idx"] = group.astype(np.int32)
+    return found
+
+
+def _filled(values: Integers, word: int, draw: np.random.Generator, bits: int) -> Integers:
+    """More rows, up to a whole word of them: what is in the rest of a word is nobody's business."""
+    rest = -len(values) % word
+    return np.concatenate([values, draw.integers(0, 1 << bits, (rest, values.shape[1]))])
 
 
 def _awq(matrix: QuantizedMatrix, w: Float32, draw: np.random.Generator) -> dict[str, Tensor]:

@@ -19,10 +19,11 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 import numpy as np
 
+from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.verify.rank_worker import Answer, Failure, Handle, Request
 
 PATIENCE = 300.0  # seconds until the first rank has answered
@@ -30,6 +31,7 @@ OPENING = 1200.0  # the same where something is made, as models are, which may t
 GRACE = 120.0  # seconds that the others may take longer
 FAREWELL = 3.0  # seconds in which ranks may end by themselves
 TOLD = 2000  # characters of what a rank printed
+REASON = 400  # of these, in a sentence
 
 
 class RankFailure(AssertionError):
@@ -79,7 +81,7 @@ class RankPool:
         self._numbers = itertools.count()
         self._forgotten: list[int] = []
         self.closed = False
-        self._end = "these ranks have been told to end"  # why they are gone, once they are
+        self.end = "these ranks have been told to end"  # why they are gone, once they are
         atexit.register(self.close)
 
     @property
@@ -120,7 +122,7 @@ class RankPool:
 
     def _answers(self, request: Request, patience: float = PATIENCE) -> list[Answer]:
         if self.closed:
-            raise RankFailure(self._end)
+            raise RankFailure(self.end)
         forget = tuple(self._forgotten)
         del self._forgotten[: len(forget)]
         request = Request(request.function, request.arguments, request.keep, forget)
@@ -162,8 +164,8 @@ class RankPool:
     def _broken(self, reason: str, numbers: Sequence[int]) -> RankFailure:
         printed = "".join(f"\nrank {number} printed: {self._ranks[number].last_words()}" for number in numbers)
         self.close()
-        self._end = reason + printed
-        return RankFailure(self._end)
+        self.end = reason + printed
+        return RankFailure(self.end)
 
 
 @functools.cache
@@ -171,14 +173,37 @@ def _pools() -> dict[int, RankPool]:
     return {}
 
 
+@functools.cache
+def _given_up() -> dict[int, str]:
+    """Why so many ranks are not started again."""
+    return {}
+
+
 def pool(size: int) -> RankPool:
-    """The ranks of this process, so many of them; started when first asked for, and anew once they are gone."""
+    """The ranks of this process, so many of them; started when first asked for, and anew once they are gone.
+
+    Raises SpecError (`ranks-end`) when they did not even start, the same for ever after."""
     found = _pools().get(size)
-    if found is None or not found.alive:
+    if size not in _given_up() and (found is None or not found.alive):
         if found:
             found.close()
         found = _pools()[size] = RankPool(size)
+        try:
+            found.do(len, ())
+        except RankFailure:
+            _given_up()[size] = found.end
+    if size in _given_up():
+        reason = " ".join(_given_up()[size].split())
+        raise SpecError([Diagnostic("ranks-end", f"{size} ranks cannot be used: {reason[-REASON:]}")])
+    assert found is not None
     return found
+
+
+def give_up(ranks: RankPool) -> NoReturn:
+    """They ended before they could do anything: others would too. Raises what `pool` raises from here on."""
+    _given_up()[ranks.size] = ranks.end
+    pool(ranks.size)
+    raise AssertionError("pool raises")
 
 
 def _free_port() -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.attention import LayersFrom, SlidingWindow
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4
+from qwenspec.spec.quantization import Awq, Fp8Block, Gptq, Int4, PackQuantized
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, LongRope
 from qwenspec.spec.rules import RULES
 from qwenspec.verify.reference import window_of_layer
@@ -99,7 +99,7 @@ def _unit(spec: Spec) -> int:
     match spec.quantization:
         case Fp8Block(block=block):
             return math.lcm(*block)
-        case Awq(group_size=size) | Gptq(group_size=size) | Int4(group_size=size):
+        case Awq(group_size=size) | Gptq(group_size=size) | PackQuantized(group_size=size) | Int4(group_size=size):
             return math.lcm(max(size, 1), 8)
         case _:
             return 1

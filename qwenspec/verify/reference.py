@@ -19,9 +19,9 @@ from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache
 from qwenspec.spec.mlp import Activation
 from qwenspec.spec.norm import Norm
-from qwenspec.spec.quantization import Fp8Block
+from qwenspec.spec.quantization import Fp8, Fp8Block
 from qwenspec.spec.rope import DynamicQwen1
-from qwenspec.verify.dequantize import quantized_matrices, rounded_activations
+from qwenspec.verify.dequantize import quantized_matrices, rounded_activations, rounded_by
 from qwenspec.verify.reference_kv import cached
 from qwenspec.verify.reference_rope import Array, attention_factor, inverse_frequencies, rotate
 
@@ -43,9 +43,11 @@ class Reference:
         self.head_dim = a.attention.head_dim or a.hidden_size // a.num_attention_heads
         self.rotary_dim = int(self.head_dim * a.rope.partial_rotary_factor)
         quantization = spec.quantization
-        rounds = isinstance(quantization, Fp8Block) and quantization.activations == "dynamic"
-        # Modules whose inputs are rounded, with how many of them share a scale.
-        self._groups = {m: stored.group_size for m, stored in quantized_matrices(spec).items() if rounds}
+        matrices = quantized_matrices(spec)
+        activations = quantization.activations if isinstance(quantization, Fp8Block | Fp8) else "none"
+        # Modules whose inputs are rounded, with how many of them share a scale, or with one that is stored.
+        self._groups = {m: stored.group_size for m, stored in matrices.items() if activations == "dynamic"}
+        self._scaled = frozenset(matrices if activations == "static" else ())
 
     def sequence(self, prompt_length: int | None = None) -> TokenSequence:
         """An empty sequence. `prompt_length` matters to the length-dependent RoPE scalings alone, when the
@@ -71,12 +73,16 @@ class Reference:
     def tensor(self, name: str, *shape: int) -> Array:
         """A checkpoint tensor in float64."""
         value = np.asarray(self.weights[name], dtype=np.float64)
+        if shape == (1,):  # one number, with an axis or without
+            value = value.reshape(-1)
         if value.shape != shape:
             raise ValueError(f"{name} has shape {value.shape}, the spec says {shape}")
         return value
 
     def rounded(self, x: Array, module: str) -> Array:
         """A module's input: rounded, if the module is quantised and rounds its activations."""
+        if module in self._scaled:
+            return rounded_by(x, self.tensor(f"{module}.input_scale", 1))
         return rounded_activations(x, self._groups[module]) if module in self._groups else x
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> list[Array]:

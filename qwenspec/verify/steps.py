@@ -9,8 +9,9 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+MOST_TOKENS = 1 << 14  # that a cache or a forward may have
 Method = Literal["prefill", "decode", "batch_prefill", "batch_decode", "batch_verify"]
 
 
@@ -148,17 +149,41 @@ def to_data(step: Step) -> dict[str, Any]:
     return data | {field.name: _plain(getattr(step, field.name)) for field in dataclasses.fields(step)}
 
 
-def from_data(data: Mapping[str, Any]) -> Step:
+def from_data(data: Any) -> Step:
     """The step that to_data wrote. Raises KeyError, TypeError or ValueError for what it did not write."""
     kind, fields = KINDS[data["step"]], {name: value for name, value in data.items() if name != "step"}
+    if unknown := sorted(fields.keys() - {field.name for field in dataclasses.fields(kind)}):
+        raise ValueError(f"{data['step']} has no {unknown[0]!r}")
     if kind is Restart:
-        return Restart(CacheSizes(**fields["sizes"]))
+        sizes = CacheSizes(**fields["sizes"])
+        check_sizes(sizes)
+        return Restart(sizes)
     if kind is Forward:
+        if fields["method"] not in get_args(Method):
+            raise ValueError(f"there is no method {fields['method']!r}")
         trees = fields["trees"]
         return Forward(_by_sequence(fields["tokens"]), fields["method"], None if trees is None else _by_sequence(trees))
     if kind is Commit:
-        return Commit({int(seq): int(leaf) for seq, leaf in fields["leaves"]})
-    return kind(**fields)
+        return Commit({_number(seq): _number(leaf) for seq, leaf in fields["leaves"]})
+    if kind is Add and fields["prompt_length"] is None:
+        return Add(_number(fields["seq"]))
+    numbers: dict[str, Any] = {name: _number(value) for name, value in fields.items()}
+    return kind(**numbers)
+
+
+def check_sizes(sizes: CacheSizes) -> None:
+    """Raises ValueError for a cache that is larger than any that is drawn, or is none."""
+    least = min(map(_number, (sizes.page_size, sizes.pages, sizes.max_batch_size, sizes.chunk)))
+    if least < 1 or not isinstance(sizes.evicts, bool):
+        raise ValueError("sizes of a cache are numbers above 0")
+    if max(sizes.pages * sizes.page_size, sizes.chunk, sizes.max_batch_size) > MOST_TOKENS:
+        raise ValueError(f"a cache of more than {MOST_TOKENS:,} tokens is not verified")
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or abs(value) >= 1 << 32:
+        raise ValueError(f"{str(value)[:40]!r} is not a number, or too large")
+    return value
 
 
 def _plain(value: Any) -> Any:
@@ -168,4 +193,4 @@ def _plain(value: Any) -> Any:
 
 
 def _by_sequence(pairs: list[tuple[int, list[int]]]) -> dict[int, tuple[int, ...]]:
-    return {int(seq): tuple(map(int, values)) for seq, values in pairs}
+    return {_number(seq): tuple(map(_number, values)) for seq, values in pairs}

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Gptq
+from qwenspec.spec.quantization import Fp8, Gptq, PackQuantized
 from qwenspec.verify.dequantize import quantized_matrices
 
 Draw = Callable[..., Any]
@@ -19,6 +19,13 @@ Tree = dict[str, Any]
 def _fp8_block(draw: Draw) -> Tree:
     height, width = draw(st.sampled_from((16, 32, 8, 20, 9))), draw(st.sampled_from((16, 32, 8, 20, 9)))
     return {"block": [height, width], "activations": draw(st.sampled_from(("none", "dynamic")))}
+
+
+def _fp8(draw: Draw) -> Tree:
+    return {
+        "scales": draw(st.sampled_from(("channel", "tensor"))),
+        "activations": draw(st.sampled_from(("none", "dynamic", "static"))),
+    }
 
 
 def _awq(draw: Draw) -> Tree:
@@ -32,6 +39,15 @@ def _gptq(draw: Draw) -> Tree:
         "sym": not draw(st.booleans()),
         "desc_act": draw(st.booleans()),
         "checkpoint_format": draw(st.sampled_from(("gptq", "gptq_v2"))),
+    }
+
+
+def _pack_quantized(draw: Draw) -> Tree:
+    return {
+        "bits": draw(st.sampled_from((4, 8))),
+        "group_size": draw(st.sampled_from((16, 8, 32, 20, 9, -1))),
+        "sym": not draw(st.booleans()),
+        "desc_act": draw(st.booleans()),
     }
 
 
@@ -49,8 +65,10 @@ def _int4(draw: Draw) -> Tree:
 # Groups and blocks are small, so that small matrices have several, and the last one is often ragged.
 QUANTIZATIONS: dict[str, Callable[[Draw], Tree]] = {
     "fp8_block": _fp8_block,
+    "fp8": _fp8,
     "awq": _awq,
     "gptq": _gptq,
+    "pack_quantized": _pack_quantized,
     "int8": _int8,
     "int4": _int4,
 }
@@ -86,9 +104,13 @@ def _row_parallel(spec: Spec) -> list[str]:
 def skipped(spec: Spec, shared: bool) -> st.SearchStrategy[list[str]]:
     """Some of the quantised modules, but not all; one of them at most in two of three.
 
-    shared: by ranks, so that all whose inputs would be shared and have an order of their own are among them"""
+    shared: by ranks, so that all whose inputs would be shared, and have an order of their own or one scale a token, are
+        among them"""
     names = list(quantized_matrices(spec))
-    ordered = shared and isinstance(spec.quantization, Gptq) and spec.quantization.desc_act
+    ordered = shared and (
+        (isinstance(spec.quantization, Gptq | PackQuantized) and spec.quantization.desc_act)
+        or (isinstance(spec.quantization, Fp8) and spec.quantization.activations == "dynamic")
+    )
     always = _row_parallel(spec) if ordered else []
 
     def some(most: int) -> st.SearchStrategy[list[str]]:

@@ -20,9 +20,7 @@ from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
 from qwenspec.backend.registry import find, installed
 from qwenspec.backend.runtime.machine import out_of_memory
-from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
-from qwenspec.ir.lower import lower
-from qwenspec.ir.shard import obstacles
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import module_errors
@@ -31,7 +29,7 @@ from qwenspec.verify.contenders import Rows
 from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.metrics import Verdict, bound
-from qwenspec.verify.opening import open_contenders
+from qwenspec.verify.opening import open_contenders, problem
 from qwenspec.verify.reduce import reduced
 from qwenspec.verify.result import Check, Curve, Entrant, Failure, Verification
 from qwenspec.verify.steps import Add, CacheSizes, Forward, Poison
@@ -124,37 +122,22 @@ def _entrants(request: Request) -> Iterator[Entrant]:
     yield Entrant(REFERENCE, "float64, written from the formulas; reads the spec alone")
     reasons: list[Diagnostic] = []
     for name in request.backends or installed():
-        problem = _problem(name, request)
-        reasons += [problem] if problem else []
+        reason = problem(name, request.spec, request.subject, request.device)
+        reasons += [reason] if reason else []
         ranks = backend_and_ranks(name)[1]
         place = request.device if ranks == 1 else f"{ranks} ranks, {request.device}"
-        yield Entrant(name, f"a generated package, on {place}", problem.message if problem else "")
+        yield Entrant(name, f"a generated package, on {place}", reason.message if reason else "")
     if reasons and (request.backends or len(reasons) == len(installed())):
         raise SpecError(reasons, _exit_code(reasons))
     missing = find_spec("transformers") is None or find_spec("torch") is None
-    reason = "transformers is not installed" if missing else obstacle(request.subject)
-    if reason is None and "float32" not in request.resolved_dtypes:
-        reason = "it computes in float32, and these are other dtypes"
-    if reason is None and request.weights is not None and not (request.weights / "config.json").exists():
-        reason = f"there is no config.json in {request.weights}"
-    if reason is None and request.weights is not None and request.spec.quantization is not None:
-        reason = "it would need the checkpoint's weights in full precision"
-    yield Entrant(HUGGING_FACE, "transformers, float32, without a cache", reason or "")
-
-
-def _problem(name: str, request: Request) -> Diagnostic | None:
-    """Why a backend cannot take part, or so many ranks of its package."""
-    name, ranks = backend_and_ranks(name)
-    backend = find(name)
-    if reason := backend.unavailable():
-        return reason
-    if unsupported := backend.unsupported(lower(request.spec)):
-        return unsupported[0]
-    devices = [device.split()[0] for device in backend.devices()]
-    if request.device not in devices and f"{request.device}:0" not in devices:
-        message = f"the {name} backend cannot use the device `{request.device}` here"
-        return Diagnostic("no-device", message, hint=f"use {listed(devices)}")
-    return next(iter(obstacles(lower(request.subject), ranks)), None)
+    absent = "transformers is not installed" if missing else obstacle(request.subject)
+    if absent is None and "float32" not in request.resolved_dtypes:
+        absent = "it computes in float32, and these are other dtypes"
+    if absent is None and request.weights is not None and not (request.weights / "config.json").exists():
+        absent = f"there is no config.json in {request.weights}"
+    if absent is None and request.weights is not None and request.spec.quantization is not None:
+        absent = "it would need the checkpoint's weights in full precision"
+    yield Entrant(HUGGING_FACE, "transformers, float32, without a cache", absent or "")
 
 
 def _exit_code(reasons: Sequence[Diagnostic]) -> ExitCode:
@@ -281,7 +264,10 @@ def _written_down(disagreement: Disagreement, folder: Path) -> Failure:
 
     case = disagreement.case
     name = re.sub(r"[^\w.-]", "-", f"{case.spec.variant}-{'-'.join(disagreement.pair)}-{case.dtype}")
-    written = write_failure(disagreement, folder / name)
+    try:
+        written = write_failure(disagreement, folder / name)
+    except SpecError as error:  # what was found is still to be told
+        return Failure(f"{disagreement}; it is not kept: {error}")
     verdict = json.loads((written / VERDICT).read_text(encoding="utf-8"))
     where = f"; {verdict['parts']} parts at {verdict['module']['address']}" if verdict["module"] else ""
     command = shlex.join(["qwenspec", "verify", "--replay", str(written)])

@@ -25,7 +25,7 @@ from qwenspec.diagnostics import SpecError
 from qwenspec.hf.exporter import export_config
 from qwenspec.spec.document import Spec
 from qwenspec.spec.kv_cache import Fp8KvCache
-from qwenspec.spec.quantization import Awq, Gptq, Int4
+from qwenspec.spec.quantization import Awq, Gptq, Int4, PackQuantized
 from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.quantize import quantized
 
@@ -84,7 +84,7 @@ def _write_safetensors(tensors: Mapping[str, npt.NDArray[Any]], file: Path, dtyp
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data, start = [], 0
     for name, values in tensors.items():
-        own = values.dtype.name not in ("float32", "float64") or name.endswith((".scales", ".weight_scale_inv"))
+        own = values.dtype.name not in ("float32", "float64") or name.endswith(SCALES)
         kept = values.dtype.name if own else dtype
         data.append((values if own else _in_dtype(values, dtype)).tobytes())
         end = start + len(data[-1])
@@ -99,11 +99,13 @@ def _in_dtype(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:
     return to_bfloat16(values) if dtype == "bfloat16" else values.astype(dtype)
 
 
+SCALES = (".scales", ".weight_scale", ".weight_scale_inv", ".input_scale")  # whose dtype is their own
 _STORED_AS = {
     "float32": "F32",
     "float16": "F16",
     "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
+    "int64": "I64",
     "int32": "I32",
     "int8": "I8",
     "uint8": "U8",
@@ -213,7 +215,7 @@ class _Outliers:
 def _outliers(spec: Spec) -> _Outliers:
     """Where 4 bits hold a group of weights, one that is 40 times larger leaves nothing of the others."""
     narrow = isinstance(spec.quantization, Awq | Int4) or (
-        isinstance(spec.quantization, Gptq) and spec.quantization.bits == 4
+        isinstance(spec.quantization, Gptq | PackQuantized) and spec.quantization.bits == 4
     )
     held = quantized_matrices(spec).get(spec.layout.embedding)
     stream = 4.0 if held is not None and isinstance(held.scheme, Int4) else 40.0

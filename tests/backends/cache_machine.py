@@ -74,6 +74,21 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.end_forward()
         return [new[end - n : end] for n, end in zip(lengths, itertools.accumulate(lengths), strict=True)]
 
+    def fail(self, order: list[int], lengths: list[int], tree_parents: list[int] | None, written: bool) -> None:
+        """A forward that is begun, and cancelled where there is room for it: nothing is left of it."""
+        if self.pages_missing(order, lengths) > self.cache.free_pages:
+            return
+        before = CacheMachine.state(self)  # what it has written may stay
+        self.cache.begin_forward(order, lengths, tree_parents)
+        if written:
+            self.write([-1] * sum(lengths))
+        self.refused(RuntimeError, "a forward is open already", self.cache.begin_forward, order, lengths, tree_parents)
+        for seq in order:
+            self.refused(RuntimeError, "part of the open forward", self.cache.remove_sequence, seq)
+        self.cache.cancel_forward()
+        assert CacheMachine.state(self) == before
+        self.cache.cancel_forward()  # of none that is open
+
     def pages_missing(self, order: list[int], lengths: list[int]) -> int:
         size = self.cache.page_size
         before = [len(self.tokens[seq]) for seq in order]
@@ -90,6 +105,8 @@ class CacheMachine(RuleBasedStateMachine):
         if self.trees:
             self.refused(RuntimeError, "call commit_tree first", self.cache.begin_forward, order, lengths)
             return
+        if data.draw(st.booleans()):
+            self.fail(order, lengths, None, written=data.draw(st.booleans()))
         for seq, new in zip(order, self.fill(order, lengths, None) or [], strict=False):
             self.tokens[seq] += new
 
@@ -98,7 +115,10 @@ class CacheMachine(RuleBasedStateMachine):
     def forward_with_trees(self, data: st.DataObject) -> None:
         order, lengths = self.some_sequences(data)
         parents = [[data.draw(st.integers(-1, node - 1)) for node in range(n)] for n in lengths]
-        written = self.fill(order, lengths, [p for own in parents for p in own])
+        flat = [p for own in parents for p in own]
+        if data.draw(st.booleans()):
+            self.fail(order, lengths, flat, written=data.draw(st.booleans()))
+        written = self.fill(order, lengths, flat)
         if written is not None:
             self.trees = dict(zip(order, zip(written, parents, strict=True), strict=True))
 

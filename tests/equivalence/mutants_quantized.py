@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from mutant import LOWER, QUANTIZED, QUANTIZED_IR, Mutant
 
+NODES = "qwenspec/ir/nodes.py"
+
 QUANTIZED_MUTANTS = (
     # ------------------------------------------------------------------------------- the numbers, as packages read them
     Mutant(
@@ -58,8 +60,8 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "g_idx_inverted",
         QUANTIZED,
-        'np.argsort(self._read(source, "g_idx"), kind="stable").astype(np.int32)',
-        'np.argsort(np.argsort(self._read(source, "g_idx"), kind="stable")).astype(np.int32)',
+        'np.argsort(self._read(source, G_IDX), kind="stable").astype(np.int32)',
+        'np.argsort(np.argsort(self._read(source, G_IDX), kind="stable")).astype(np.int32)',
         "a permutation and its inverse",
     ),
     Mutant(
@@ -107,14 +109,14 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "uneven_groups_accepted",
         QUANTIZED,
-        'if not np.array_equal(np.sort(self._read(source, "g_idx")), np.arange(inputs) // size):',
+        "if not np.array_equal(np.sort(self._read(source, G_IDX)), np.arange(inputs) // size):",
         "if False:",
         "a file that packages cannot run is refused",
     ),
     Mutant(
         "order_of_groups_not_looked_at",
         QUANTIZED,
-        'elif groups in self.stored and (self._read(source, "g_idx") != np.arange(inputs) // size).any():',
+        "elif groups in self.stored and (self._read(source, G_IDX) != np.arange(inputs) // size).any():",
         "elif False:",
         "a file that the spec does not describe is refused",
     ),
@@ -157,15 +159,15 @@ QUANTIZED_MUTANTS = (
     Mutant(
         "parts_with_orders_fused",
         QUANTIZED_IR,
-        "        case IntFormat(act_order=True):\n            return False\n",
+        "IntFormat(act_order=True) | ",
         "",
         "each part has an order of its own",
     ),
     Mutant(
         "one_group_fewer_at_a_ragged_edge",
-        QUANTIZED_IR,
-        "scales = (-(-rows // height), -(-inputs // width))",
-        "scales = (-(-rows // height), max(1, inputs // width))",
+        NODES,
+        "return -(-inputs // self.block[1]) if self.block[1] else 1",
+        "return max(1, inputs // self.block[1]) if self.block[1] else 1",
         "blocks at the edges are smaller",
     ),
     Mutant(

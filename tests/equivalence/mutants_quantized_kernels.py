@@ -165,15 +165,15 @@ QUANTIZED_KERNELS = (
     Mutant(
         "triton_block_rows_reversed",
         FP8_LINEAR,
-        "_spread(256 * weight.scales, width, in_features)",
-        "_spread(256 * weight.scales.flip(0), width, in_features)",
+        "_spread(256 * weight.scales, weight)",
+        "_spread(256 * weight.scales.flip(0), weight)",
         "a block's scale is of its rows",
     ),
     Mutant(
         "triton_scale_inv_divides",
         FP8_LINEAR,
-        "_spread(256 * weight.scales, width, in_features)",
-        "_spread(256 / weight.scales, width, in_features)",
+        "_spread(256 * weight.scales, weight)",
+        "_spread(256 / weight.scales, weight)",
         "weight_scale_inv multiplies",
     ),
     Mutant(
@@ -193,7 +193,7 @@ QUANTIZED_KERNELS = (
     Mutant(
         "triton_activations_not_rounded",
         FP8_LINEAR,
-        "x = values.view(torch.float8_e4m3fn).float() * _spread(scales, width, in_features)",
+        "x = decoded * scales if ROW_SCALES else decoded * _spread(scales, weight)",
         "x = x.float()",
         "activations are rounded as the spec says",
     ),

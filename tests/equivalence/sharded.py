@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from qwenspec.ir.nodes import Attention, EmbeddingHead, GatedMlp, Linear, LmHead, Model, Param, RMSNorm, Rope, Shard
 from qwenspec.ir.rope import frequencies
-from qwenspec.ir.shard import ShardedParam, plan, shared
+from qwenspec.ir.shard import ShardedParam, Sharing, plan
 
 Array = npt.NDArray[np.float64]
 
@@ -31,7 +31,7 @@ def assembled(param: Param, tensors: Mapping[str, npt.NDArray[Any]]) -> npt.NDAr
 
 def share(model: Model, held: ShardedParam, whole: npt.NDArray[Any], degree: int, rank: int) -> npt.NDArray[Any]:
     """What of a whole parameter a rank holds; zeros where it holds less than there is room for."""
-    how = shared(model, held.param)
+    how = Sharing(model).of(held.param)
     found = np.zeros(held.shape, whole.dtype)
     columns = how.column_piece(degree, rank)
     for piece in how.row_pieces(degree, rank):

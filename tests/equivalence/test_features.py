@@ -148,6 +148,17 @@ QUANTIZED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "skip": ["model.layers.1.self_attn.k_proj"],
         },
     ),
+    "fp8, rows": (
+        {"attention": {"bias": {"qkv": True}}},
+        {"scheme": "fp8", "skip": ["model.layers.1.self_attn.k_proj"]},
+    ),
+    "fp8, matrices": ({"tie_word_embeddings": True}, {"scheme": "fp8", "scales": "tensor", "activations": "none"}),
+    "fp8, static": ({"mlp": {"bias": True}}, {"scheme": "fp8", "scales": "tensor", "activations": "static"}),
+    "pack_quantized": (
+        {"mlp": {"bias": True}},
+        {"scheme": "pack_quantized", "bits": 4, "group_size": 16, "sym": False},
+    ),
+    "pack_quantized, ordered": ({}, {"scheme": "pack_quantized", "bits": 8, "group_size": -1, "desc_act": True}),
     "awq": (PACKED | {"attention": {"bias": {"qkv": True}}}, {"scheme": "awq", "group_size": 8}),
     "gptq": (PACKED | {"mlp": {"bias": True}}, GPTQ),
     "gptq_v2": (PACKED, GPTQ | {"bits": 8, "group_size": -1, "sym": False, "checkpoint_format": "gptq_v2"}),

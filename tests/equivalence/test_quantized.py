@@ -73,6 +73,8 @@ DOWN, K = "model.layers.0.mlp.down_proj", "model.layers.0.self_attn.k_proj"
 SCHEMES: dict[str, dict[str, Any]] = {
     "fp8": {"scheme": "fp8_block"},
     "fp8, weights alone": {"scheme": "fp8_block", "block": [128, 64], "activations": "none"},
+    "fp8, rows": {"scheme": "fp8", "skip": [K]},
+    "pack_quantized": {"scheme": "pack_quantized", "bits": 4, "group_size": 128, "sym": False},
     "awq": {"scheme": "awq", "group_size": 24},
     "gptq": {"scheme": "gptq", "bits": 4, "group_size": 128, "sym": False},
     "gptq, 8 bits, in one group": {"scheme": "gptq", "bits": 8, "group_size": -1, "checkpoint_format": "gptq_v2"},
@@ -128,15 +130,22 @@ ALIKE = 2e-5  # of a row: what float32 explains, with all roundings to e4m3 alik
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("block", "skip"), [((16, 16), []), ((20, 12), [K]), ((128, 128), [DOWN])], ids=["even", "ragged", "large"]
+    ("quantization", "skip", "seeds"),
+    [
+        ({"scheme": "fp8_block", "block": (16, 16)}, [], 2),
+        ({"scheme": "fp8_block", "block": (20, 12)}, [K], 2),
+        ({"scheme": "fp8_block", "block": (128, 128)}, [DOWN], 2),
+        ({"scheme": "fp8"}, [K], 1),
+        ({"scheme": "fp8", "activations": "static"}, [], 1),
+    ],
+    ids=["even", "ragged", "large", "token", "stored"],
 )
-def test_activations_are_rounded_alike(block: tuple[int, int], skip: list[str], backend: str) -> None:
+def test_activations_are_rounded_alike(quantization: dict[str, Any], skip: list[str], seeds: int, backend: str) -> None:
     """In float32 most rows of all modules are those of the reference: a rounding that goes the other way, as a sum is
     another in its last bit, is rare, and then every module of the token shows it. A scale that is not the group's, or
     another way to round, would show everywhere."""
-    quantization = {"scheme": "fp8_block", "block": block, "skip": skip}
     alike = total = 0
-    for seed, layout in itertools.product(range(2), ("qwen2", "qwen1")):
+    for seed, layout in itertools.product(range(seeds), ("qwen2", "qwen1")):
         named = [] if layout == "qwen1" else skip
         spec = spec_of(WIDE | SMALL | {"checkpoint": {"layout": layout}}, quantization | {"skip": named})
         case = Case(spec, seed, "float32", SIZES, ("reference", backend))

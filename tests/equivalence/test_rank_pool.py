@@ -109,6 +109,39 @@ def test_a_rank_that_does_not_answer_is_not_waited_for(own_pool: RankPool, monke
             os.kill(process, 0)
 
 
+def test_ranks_that_do_not_start_are_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    class Dead(rank_pool._Rank):
+        def __init__(self, *given: int) -> None:
+            super().__init__(*given)
+            started.append(self)
+            self.process.kill()
+
+    monkeypatch.setattr(rank_pool, "_Rank", Dead)
+    monkeypatch.setattr(rank_pool, "FAREWELL", 0.3)
+    try:
+        for _ in range(3):
+            with pytest.raises(SpecError, match=r"^3 ranks cannot be used: rank 0 of 3 has ended with -9") as raised:
+                rank_pool.pool(3)
+            assert "\n" not in str(raised.value)
+        assert len(started) == 3
+    finally:
+        rank_pool._given_up().clear()
+
+
+def test_nor_are_those_that_end_while_a_package_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    ranks = rank_pool.pool(1)
+    with pytest.raises(RankFailure):
+        ranks.do(os._exit, 6)
+    try:
+        for act in (lambda: rank_pool.give_up(ranks), lambda: rank_pool.pool(1)):
+            with pytest.raises(SpecError, match=r"^1 ranks cannot be used: rank 0 of 1 has ended with 6"):
+                act()
+    finally:
+        rank_pool._given_up().clear()
+
+
 def test_ranks_that_are_gone_are_started_anew() -> None:
     first = rank_pool.pool(1)
     assert rank_pool.pool(1) is first

@@ -411,7 +411,7 @@ def test_a_place_that_cannot_be_written_is_not_our_bug(spec: Path, tmp_path: Pat
     (tmp_path / "file").write_text("")
     result = call("schema", "-o", tmp_path / "file" / "schema.json")
     assert result.exit_code == 2
-    assert "error[system]" in result.stderr
+    assert "error[cannot-write]" in result.stderr
 
 
 def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -110,7 +111,8 @@ def told(file: Path, lines: list[str]) -> tuple[Diagnostic, ...]:
         assert place.text == [*lines, ""][place.line - 1]
         assert 1 <= place.column <= len(place.text) + 1
         assert place.column - 1 + place.width <= len(place.text) + 1
-    assert all(char == "\n" or char.isprintable() for char in render(diagnostics))
+    shown = render(diagnostics)
+    assert all(char == "\n" or char.isprintable() or unicodedata.category(char) == "Zs" for char in shown), repr(shown)
     return diagnostics
 
 

@@ -103,6 +103,11 @@ def quantizations(draw):
             [
                 None,
                 {"scheme": "fp8_block", "block": [64, 64]},
+                {"scheme": "fp8"},
+                {"scheme": "fp8", "scales": "tensor", "activations": "static"},
+                {"scheme": "fp8", "activations": "none"},
+                {"scheme": "pack_quantized", "bits": 4, "group_size": 64, "sym": False, "desc_act": True},
+                {"scheme": "pack_quantized", "bits": 8, "group_size": -1},
                 {"scheme": "awq", "group_size": 64},
                 {"scheme": "gptq", "bits": 4, "group_size": -1, "desc_act": True},
                 {"scheme": "gptq", "bits": 8, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
@@ -345,7 +350,6 @@ def test_what_hugging_face_cannot_say_is_named(form, change, named):
     ("quantization", "named"),
     [
         ({"scheme": "fp8_block", "block": [64, 64], "activations": "none"}, "quantization.activations: none"),
-        ({"scheme": "gptq", "bits": 4, "skip": ["model.layers.0.mlp.up_proj"]}, "quantization.skip"),
     ],
 )
 def test_quantization_that_hugging_face_cannot_say(quantization, named):
@@ -359,6 +363,9 @@ def test_quantization_that_hugging_face_cannot_say(quantization, named):
     [
         {"scheme": "fp8_block", "block": [64, 64]},
         {"scheme": "awq", "group_size": 64},
+        {"scheme": "gptq", "bits": 4},
+        {"scheme": "fp8"},
+        {"scheme": "pack_quantized", "bits": 4},
         {"scheme": "int8"},
         {"scheme": "int4", "head": "none"},
     ],

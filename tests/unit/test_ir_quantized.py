@@ -34,8 +34,8 @@ def quantized(folder: Path, architecture: dict[str, Any] | None = None, **fields
 @pytest.mark.parametrize(
     ("fields", "format"),
     [
-        ({"scheme": "fp8_block"}, Fp8Format((128, 128), dynamic=True)),
-        ({"scheme": "fp8_block", "block": (64, 32), "activations": "none"}, Fp8Format((64, 32), dynamic=False)),
+        ({"scheme": "fp8_block"}, Fp8Format((128, 128), activations="dynamic")),
+        ({"scheme": "fp8_block", "block": (64, 32), "activations": "none"}, Fp8Format((64, 32))),
         ({"scheme": "awq"}, IntFormat("awq", 4, 128, zero_points=True)),
         ({"scheme": "gptq", "bits": 4}, IntFormat("gptq", 4, 128)),
         (
@@ -118,7 +118,7 @@ def test_stored_tensors() -> None:
         "scales": ((1, 48), FLOATS, False),
         "g_idx": ((80,), words, False),
     }
-    assert stored(Fp8Format((32, 64), dynamic=True), 48, 80) == {
+    assert stored(Fp8Format((32, 64), activations="dynamic"), 48, 80) == {
         "weight": ((48, 80), ("F8_E4M3",), False),
         "weight_scale_inv": ((2, 2), FLOATS, False),
     }
@@ -145,7 +145,7 @@ def test_what_is_not_quantised_has_no_stored_tensors() -> None:
         (IntFormat("awq", 4, 32, zero_points=True), 8, 64, 8 * 32 + 8 * 2 * (2 + 1)),
         (IntFormat("gptq", 8, None), 8, 64, 8 * 64 + 8 * 2),
         (IntFormat("gptq", 4, 32, zero_points=True, act_order=True), 8, 64, 8 * 32 + 8 * 2 * 3 + 64 * 4),
-        (Fp8Format((4, 8), dynamic=False), 5, 9, 5 * 9 + 4 * 2 * 2),
+        (Fp8Format((4, 8)), 5, 9, 5 * 9 + 4 * 2 * 2),
     ],
 )
 def test_block_bytes(format: WeightFormat, rows: int, inputs: int, size: int) -> None:

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from ir_specs import make_spec
 
 from qwenspec.diagnostics import SpecError
+from qwenspec.ir import shares
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model, Param, Shard
-from qwenspec.ir.shard import legal_degrees, obstacles, plan, shared
+from qwenspec.ir.shard import Sharing, legal_degrees, obstacles, plan
 from qwenspec.ir.shares import Part, Piece
 
 
@@ -109,7 +110,7 @@ def test_the_ranks_hold_the_whole_model(
     assert legal_degrees(model) == tuple(degree for degree in range(1, heads + 1) if heads % degree == 0)
     for degree in legal_degrees(model):
         for share in plan(model, degree).params:
-            whole, held = share.param, shared(model, share.param)
+            whole, held = share.param, Sharing(model).of(share.param)
             rows = [row for rank in range(degree) for row in rows_of(model, whole, degree, rank)]
             columns = [column for rank in range(degree) for column in columns_of(model, whole, degree, rank)]
             assert set(rows) == set(range(whole.shape[0]))
@@ -137,7 +138,7 @@ def test_the_ranks_hold_the_whole_model(
 def test_rows_of_each_rank(tmp_path: Path) -> None:
     """8 query heads and 2 KV heads of 12, an MLP of 41 and 90 words, on 4 ranks."""
     model = model_of(tmp_path, heads=8, kv_heads=2, width=41)
-    params = {param.name: shared(model, param) for param in model.params()}
+    params = {param.name: Sharing(model).of(param) for param in model.params()}
     expected = {
         "layers.0.attention.qkv_proj.weight": [
             [Piece(0, 24, 0), Piece(96, 108, 24), Piece(120, 132, 36)],
@@ -190,6 +191,13 @@ def test_legal_degrees_of_real_sizes(tmp_path: Path) -> None:
     assert legal_degrees(model_of(tmp_path, 64, 8, 25600)) == (1, 2, 4, 8, 16, 32, 64)
 
 
+def test_absurdly_many_heads_are_no_work() -> None:
+    """A package's manifest may say anything: divisors are found without counting to it."""
+    heads = 2**40
+    queries = shares.Shared("q", (heads, 1), rows=(shares.Part(heads, 1, 1),))
+    assert shares.legal_degrees([queries]) == [2**power for power in range(41)]
+
+
 def test_the_reason_is_given_once(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as error:
         plan(model_of(tmp_path, heads=8, kv_heads=4, width=40), 3)
@@ -206,10 +214,10 @@ def test_a_degree_counts_ranks(tmp_path: Path, degree: int) -> None:
 
 
 def rows_of(model: Model, param: Param, degree: int, rank: int) -> list[int]:
-    pieces = shared(model, param).row_pieces(degree, rank)
+    pieces = Sharing(model).of(param).row_pieces(degree, rank)
     return [row for piece in pieces for row in range(piece.start, piece.stop)]
 
 
 def columns_of(model: Model, param: Param, degree: int, rank: int) -> range:
-    piece = shared(model, param).column_piece(degree, rank)
+    piece = Sharing(model).of(param).column_piece(degree, rank)
     return range(piece.start, piece.stop)

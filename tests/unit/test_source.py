@@ -15,8 +15,9 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from qwenspec.diagnostics import Location, SpecError
+from qwenspec.diagnostics import Location, SpecError, render
 from qwenspec.source import MAX_BYTES, parse, parse_file
+from qwenspec.spec.load import load
 from qwenspec.tree import Mapping, Scalar, Sequence, at, place, plain, walk, written
 
 
@@ -357,3 +358,25 @@ def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     with pytest.raises(SpecError) as caught:
         parse_file(tmp_path / "pipe")
     assert [d.code for d in caught.value.diagnostics] == ["not-a-file"]
+
+
+def test_a_file_that_another_names_is_yaml_and_no_link_to_what_is_not(tmp_path: Path) -> None:
+    """Diagnostics quote lines: those of any file that the user can read would be told to whoever sees them."""
+    (tmp_path / "secret").write_text("password: hunter2\nhunter3")
+    (tmp_path / "names.yaml").symlink_to(tmp_path / "secret")
+    (tmp_path / "spec.yaml").write_text("extends: names.yaml\nfamily: f\nschema_version: 1\n")
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path / "spec.yaml")
+    assert [diagnostic.code for diagnostic in caught.value.diagnostics] == ["not-a-yaml-file"]
+    assert "hunter" not in render(caught.value.diagnostics)
+    (tmp_path / "other.yaml").write_text("a: [")
+    (tmp_path / "names.yaml").unlink()
+    (tmp_path / "names.yaml").symlink_to("other.yaml")
+    with pytest.raises(SpecError, match="not valid YAML"):
+        load(tmp_path / "spec.yaml")
+
+
+@pytest.mark.parametrize("digits", ["9" * 1001, "0x" + "f" * 1000, "-" + "1" * 1000])
+def test_integers_are_no_longer_than_anyone_writes(digits: str) -> None:
+    with pytest.raises(SpecError, match=r"a number of 1,00\d characters"):
+        parse(f"a: {digits}", "f.yaml")

@@ -469,3 +469,11 @@ def test_nearest_is_quick_whatever_the_word() -> None:
     started = time.process_time()
     assert nearest("x" * 10**6, allowed) is not None
     assert time.process_time() - started < 0.5
+
+
+def test_a_name_that_no_file_has_is_told_where_it_stands(tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text('schema_version: 1\nfamily: f\nextends: "\\0bad.yaml"\n')
+    with pytest.raises(SpecError) as caught:
+        load(tmp_path / "spec.yaml")
+    (diagnostic,) = caught.value.diagnostics
+    assert (diagnostic.code, diagnostic.location and diagnostic.location.line) == ("unreadable-file", 3)

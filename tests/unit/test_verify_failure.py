@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from cli_runs import TINY, call
 from qwenspec.diagnostics import SpecError
 from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load
-from qwenspec.verify import failure, opening
+from qwenspec.verify import failure, opening, stored_failure
 from qwenspec.verify import session as session_module
 from qwenspec.verify.case import Case
 from qwenspec.verify.contenders import ReferenceContender, Rows
@@ -175,6 +176,7 @@ def made_up(
         return opened
 
     monkeypatch.setattr(session_module, "open_contenders", open_contenders)
+    monkeypatch.setattr(stored_failure, "problem", lambda *given: None)
     return Case(spec, 0, "float32", SIZES, ("reference", *faults))
 
 
@@ -311,7 +313,7 @@ def test_a_write_that_fails_leaves_nothing(
 ) -> None:
     monkeypatch.setattr(np, "savez_compressed", broken_disk)
     failures = tmp_path / "failures"
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(SpecError, match="no space"):
         write_failure(disagreement, failures / "one")
     assert not list(failures.iterdir())
 
@@ -323,7 +325,7 @@ def test_an_older_failure_stays_until_it_is_replaced(
     (folder / "older").touch()
     with monkeypatch.context() as patch:
         patch.setattr(np, "savez_compressed", broken_disk)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(SpecError, match="no space"):
             write_failure(disagreement, folder)
     assert {file.name for file in folder.iterdir()} == FILES | {"older"}
     write_failure(disagreement, folder)
@@ -362,17 +364,27 @@ def edited(file: str, change: Change) -> Change:
         (lambda f: (f / "case.json").write_text('{"spec":'), "case.json", "damaged-failure", "Expecting value"),
         (lambda f: (f / "case.json").write_bytes(b"\xff"), "case.json", "damaged-failure", "utf-8"),
         (lambda f: (f / "case.json").write_text("[" * 10**6), "case.json", "damaged-failure", "recursion"),
-        (lambda f: (f / "case.json").write_text("[]"), "case.json", "damaged-failure", "indices"),
-        (edited("case.json", lambda d: d.pop("seed")), "case.json", "damaged-failure", "there is no 'seed'"),
-        (edited("case.json", lambda d: d["spec"].pop("family")), "case.json", "damaged-failure", "validation error"),
-        (edited("case.json", lambda d: d.update(dtype="int8")), "case.json", "damaged-failure", "no dtype 'int8'"),
+        (lambda f: (f / "case.json").write_text("[]"), "case.json", "damaged-failure", "dictionary"),
+        (edited("case.json", lambda d: d.pop("seed")), "case.json", "damaged-failure", "seed: Field required"),
+        (
+            edited("case.json", lambda d: d["spec"].pop("family")),
+            "case.json",
+            "damaged-failure",
+            "family: Field required",
+        ),
+        (
+            edited("case.json", lambda d: d.update(dtype="int8")),
+            "case.json",
+            "damaged-failure",
+            "dtype: Input should be",
+        ),
         (edited("case.json", lambda d: d["contenders"].pop(0)), "case.json", "damaged-failure", "contenders"),
         (edited("case.json", lambda d: d["sizes"].pop("chunk")), "case.json", "damaged-failure", "chunk"),
         (edited("case.json", lambda d: d.update(weights="/gone")), "case.json", "no-weights", "not in /gone any more"),
-        (edited("workload.json", lambda d: d.clear()), "workload.json", "damaged-failure", "there are no steps"),
+        (edited("workload.json", lambda d: d.clear()), "workload.json", "damaged-failure", "not a list of steps"),
         (edited("workload.json", lambda d: d[0].update(step="jump")), "workload.json", "damaged-failure", "'jump'"),
         (edited("workload.json", lambda d: d[1].pop("tokens")), "workload.json", "damaged-failure", "'tokens'"),
-        (lambda f: (f / "workload.json").write_text("7"), "workload.json", "damaged-failure", "not iterable"),
+        (lambda f: (f / "workload.json").write_text("7"), "workload.json", "damaged-failure", "not a list of steps"),
     ],
 )
 def test_a_damaged_folder_is_told(
@@ -388,11 +400,100 @@ def test_a_damaged_folder_is_told(
     assert message in diagnostic.message
 
 
+# What somebody may have written to a folder that is sent with a report: nothing of it is run, and nothing is 70.
+HOSTILE: list[tuple[str, Change, str]] = [
+    ("case.json", lambda d: d["spec"].update(file="a\nimport os#"), "`file` says where a spec came from"),
+    ("case.json", lambda d: d["spec"].update(options=[["quantization", "int4"]]), "`options` says where"),
+    ("case.json", lambda d: d["spec"].update(variant='x"""\nimport os\n"""'), "cannot name a variant"),
+    ("case.json", lambda d: d["spec"].update(variant="../../up"), "cannot name a variant"),
+    ("case.json", lambda d: d["spec"]["architecture"].update(vocab_size=-5), "vocab_size: Input should be greater"),
+    ("case.json", lambda d: d["spec"]["architecture"].update(vocab_size="40"), "vocab_size: Input should be"),
+    ("case.json", lambda d: d["spec"]["architecture"].update(num_key_value_heads=3), "do not divide 4 attention heads"),
+    ("case.json", lambda d: d["spec"]["architecture"].update(hidden_size=10**7), "at most are drawn"),
+    ("case.json", lambda d: d["spec"]["architecture"].update(num_hidden_layers=10**9), "less than or equal to 1000"),
+    ("case.json", lambda d: d["spec"]["layout"].update(embedding="emb{i}"), "stands in the name of `layer` alone"),
+    ("case.json", lambda d: d["sizes"].update(pages=10**9), "a cache of more than 16,384 tokens"),
+    ("case.json", lambda d: d["sizes"].update(page_size=0), "page_size: Input should be greater"),
+    ("case.json", lambda d: d["sizes"].update(chunk=True), "chunk: Input should be"),
+    ("case.json", lambda d: d.update(seed="a"), "seed: Input should be"),
+    ("case.json", lambda d: d.update(seed=-1), "seed: Input should be"),
+    ("case.json", lambda d: d.update(seed=2**70), "seed: Input should be"),
+    ("case.json", lambda d: d.update(device="cpu; id"), "device: String should match"),
+    ("case.json", lambda d: d.update(contenders=["reference", "../x"]), "contenders.1: String should match"),
+    ("case.json", lambda d: d.update(contenders=["reference", "a", "a"]), "contenders: the contenders are not"),
+    ("case.json", lambda d: d.update(more=1), "more: Extra inputs are not permitted"),
+    ("workload.json", lambda d: d.extend([d[0]] * 1000), "not a list of steps, 1 to 1,000"),
+    ("workload.json", lambda d: d[0].update(seq=0.5), "'0.5' is not a number"),
+    ("workload.json", lambda d: d[0].update(seq=2**40), "or too large"),
+    ("workload.json", lambda d: d[0].update(warp=9), "add has no 'warp'"),
+    ("workload.json", lambda d: d[1].update(method="__class__"), "there is no method '__class__'"),
+    ("workload.json", lambda d: d[1].update(method="decode"), "step 2, forward.decode: decode of other than a token"),
+    ("workload.json", lambda d: d[1].update(tokens=[[0, [99]]]), "step 2, forward.batch_prefill: a token outside"),
+    ("workload.json", lambda d: d[1].update(tokens=[[7, [1]]]), "no sequence 7"),
+    ("workload.json", lambda d: d[1].update(tokens=[]), "a forward without tokens"),
+    ("workload.json", lambda d: d.insert(1, d[0]), "step 2, add: a sequence 0 again"),
+    ("workload.json", lambda d: d.insert(1, {"step": "popn", "seq": 0, "n": 1}), "1 tokens to forget"),
+    ("workload.json", lambda d: d.insert(1, {"step": "fork", "parent": 3, "child": 4, "at": 0}), "no sequence 3"),
+    ("workload.json", lambda d: d.insert(1, {"step": "fork", "parent": 0, "child": 4, "at": 1}), "a fork at token 1"),
+    ("workload.json", lambda d: d.insert(1, {"step": "remove", "seq": 4}), "no sequence 4"),
+    ("workload.json", lambda d: d.insert(1, {"step": "commit", "leaves": [[0, 0]]}), "what is no token tree"),
+    ("workload.json", lambda d: d.insert(1, {"step": "poison", "seed": -1}), "the seed -1"),
+    (
+        "workload.json",
+        lambda d: d.insert(1, {"step": "restart", "sizes": dataclasses.asdict(SIZES) | {"pages": 10**9}}),
+        "a cache of more than",
+    ),
+    (
+        "workload.json",
+        lambda d: d[1].update(method="batch_verify", trees=[[0, [-1, 5, 0, 0, 0]]]),
+        "parents that are no tree's",
+    ),
+]
+
+
+@pytest.mark.parametrize(("file", "change", "message"), HOSTILE, ids=[message for _, _, message in HOSTILE])
+def test_a_folder_of_somebody_else_is_read_with_care(
+    file: str, change: Change, message: str, disagreement: Disagreement, tmp_path: Path
+) -> None:
+    folder = write_failure(disagreement, tmp_path / "one")
+    edited(file, change)(folder)
+    told = call("verify", "--replay", folder)
+    assert told.exit_code == 2
+    assert f"{folder / file}: error[damaged-failure]" in told.stderr
+    assert message in told.stderr
+
+
+def test_what_never_ends_is_not_read(disagreement: Disagreement, tmp_path: Path) -> None:
+    folder = write_failure(disagreement, tmp_path / "one")
+    for make in (os.mkfifo, lambda file: file.symlink_to("/dev/zero")):
+        (folder / "workload.json").unlink()
+        make(folder / "workload.json")
+        assert "it is no regular file" in call("verify", "--replay", folder).stderr
+
+
+@pytest.mark.parametrize(
+    ("contender", "code", "message"),
+    [
+        ("triton@100000", 2, "error[tensor-parallel-degree]"),
+        ("tritn", 2, "did you mean `triton`?"),
+        ("cobol", 3, "error[backend-missing]"),
+    ],
+)
+def test_contenders_are_those_that_verify_takes(
+    contender: str, code: int, message: str, triton: Case, tmp_path: Path
+) -> None:
+    folder = write_failure(Disagreement(triton, STEPS, ("triton", "reference"), "made up"), tmp_path / "one")
+    edited("case.json", lambda data: data.update(contenders=["reference", contender]))(folder)
+    told = call("verify", "--replay", folder)
+    assert told.exit_code == code
+    assert message in told.stderr
+
+
 def test_a_library_that_is_needed_may_be_missing(
     disagreement: Disagreement, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_failure(disagreement, tmp_path / "one")
     edited("case.json", lambda data: data["contenders"].append("huggingface"))(folder)
-    monkeypatch.setattr(failure, "find_spec", lambda name: None if name == "transformers" else name)
+    monkeypatch.setattr(stored_failure, "find_spec", lambda name: None if name == "transformers" else name)
     with pytest.raises(SpecError, match="needs `transformers`, which cannot be imported"):
         replay(folder)

@@ -1,9 +1,11 @@
 """Products with float8 e4m3 matrices, which are never dequantised in memory as a whole.
 
-[not DYNAMIC_ACTIVATIONS] Kernels multiply by the numbers themselves, which any dtype holds exactly, and scale each
-[not DYNAMIC_ACTIVATIONS] block's sum in float32.
-[DYNAMIC_ACTIVATIONS] Activations are rounded to e4m3 as well, in groups of a block's inputs. GPUs that multiply float8
-[DYNAMIC_ACTIVATIONS] do so; others multiply the same numbers in a wider dtype. Each group's sum is scaled in float32.
+[not ROUNDED_ACTIVATIONS] Kernels multiply by the numbers themselves, which any dtype holds exactly, and scale each
+[not ROUNDED_ACTIVATIONS] block's sum in float32.
+[ROUNDED_ACTIVATIONS and not ROW_SCALES] Activations are rounded to e4m3 as well, in groups of a block's inputs.
+[ROUNDED_ACTIVATIONS and ROW_SCALES] Activations are rounded to e4m3 as well.
+[ROUNDED_ACTIVATIONS] GPUs that multiply float8 do so; others multiply the same numbers in a wider dtype. Sums are
+[ROUNDED_ACTIVATIONS] scaled in float32.
 """
 
 from __future__ import annotations
@@ -16,10 +18,14 @@ from .dispatch import architecture, tl, triton, use_triton
 from .e4m3 import decode, decode_torch, encode, encode_torch
 from .fp8_matrix import Fp8Matrix
 
-DYNAMIC_ACTIVATIONS = tl.constexpr(True)  # flag: activations are rounded to e4m3 too
+ROUNDED_ACTIVATIONS = tl.constexpr(True)  # flag: activations are rounded to e4m3 too
+STATIC_ACTIVATIONS = tl.constexpr(True)  # flag: … with a scale that the checkpoint has
+ROW_SCALES = tl.constexpr(True)  # flag: weights have a scale a row
 BIAS = tl.constexpr(True)  # flag: some products have a bias
 
 MATVEC_ROWS = 4  # outputs of a program
+if ROW_SCALES:
+    DECODED_ROWS = 256  # that a CPU has as float32 at once
 
 
 def fp8_linear(x: Tensor, weight: Fp8Matrix, bias: Tensor | None = None) -> Tensor:
@@ -34,8 +40,11 @@ def fp8_linear(x: Tensor, weight: Fp8Matrix, bias: Tensor | None = None) -> Tens
         return _fp8_linear_torch(x, weight, bias)
     assert x.is_contiguous()
     out = x.new_empty(len(x), weight.out_features)
-    if DYNAMIC_ACTIVATIONS:
-        x, x_scales = quantize_activations(x, weight.width)
+    if ROUNDED_ACTIVATIONS:
+        if STATIC_ACTIVATIONS:
+            x, x_scales = scale_activations(x, weight.input_scale)
+        else:
+            x, x_scales = quantize_activations(x, weight.width)
     groups = triton.cdiv(weight.in_features, weight.width)
     if len(x) == 1:
         block_k = min(triton.next_power_of_2(weight.width), 512)
@@ -57,7 +66,7 @@ def fp8_linear(x: Tensor, weight: Fp8Matrix, bias: Tensor | None = None) -> Tens
             num_warps=4,
         )
     else:
-        if DYNAMIC_ACTIVATIONS:
+        if ROUNDED_ACTIVATIONS:
             native = _multiplies_fp8(x.device)
             step = 128 if native else 64
         else:
@@ -95,7 +104,27 @@ def _matmul_tile(n: int, dtype: torch.dtype) -> tuple[int, int, int]:
     return 128, 64, 8
 
 
-if DYNAMIC_ACTIVATIONS:
+if STATIC_ACTIVATIONS:
+
+    def scale_activations(x: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """x, divided by a scale and rounded to e4m3, at most 448 in magnitude.
+
+        All numbers are float32's, divisions included, and the same on every device.
+
+        x: [n, in], contiguous
+        scale: [1], float32
+        -> bits of e4m3, uint8 [n, in]; the scale, float32 [n, 1], NaN for rows that have a NaN
+        """
+        n, size = x.shape
+        if not use_triton(x):
+            return encode_torch(x.float() / scale), scale.expand(n, 1)
+        values = x.new_empty(n, size, dtype=torch.uint8)
+        scales = x.new_empty(n, 1, dtype=torch.float32)
+        _scale_kernel[(n,)](x, scale, values, scales, size, BLOCK=1024, num_warps=4)
+        return values, scales
+
+
+if ROUNDED_ACTIVATIONS and not STATIC_ACTIVATIONS:
 
     def quantize_activations(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
         """x, rounded to e4m3 with a scale max|x| / 448 for each token and `width` inputs (the last may be fewer).
@@ -114,10 +143,14 @@ if DYNAMIC_ACTIVATIONS:
             return encode_torch(values).flatten(1)[:, :size], scales
         values = x.new_empty(n, size, dtype=torch.uint8)
         scales = x.new_empty(n, groups, dtype=torch.float32)
+        block = triton.next_power_of_2(width)
         _quantize_kernel[(n, groups)](
-            x, values, scales, size, WIDTH=width, BLOCK=triton.next_power_of_2(width), num_warps=1
+            x, values, scales, size, WIDTH=width, BLOCK=block, num_warps=8 if ROW_SCALES else 1
         )
         return values, scales
+
+
+if ROUNDED_ACTIVATIONS:
 
     def _multiplies_fp8(device: torch.device) -> bool:
         """Whether the GPU's tensor cores take e4m3."""
@@ -126,24 +159,34 @@ if DYNAMIC_ACTIVATIONS:
 
 
 def _fp8_linear_torch(x: Tensor, weight: Fp8Matrix, bias: Tensor | None) -> Tensor:
-    """A row of blocks at a time. Their scales multiply the activations, which are fewer than the weights."""
-    dtype, width, in_features = x.dtype, weight.width, weight.in_features
-    if DYNAMIC_ACTIVATIONS:
-        values, scales = quantize_activations(x, width)
-        x = values.view(torch.float8_e4m3fn).float() * _spread(scales, width, in_features)
+    """Some rows at a time.
+
+    [not ROW_SCALES] A row of blocks, whose scales multiply the activations, which are fewer than the weights."""
+    dtype = x.dtype
+    if ROUNDED_ACTIVATIONS:
+        if STATIC_ACTIVATIONS:
+            values, scales = scale_activations(x, weight.input_scale)
+        else:
+            values, scales = quantize_activations(x, weight.width)
+        decoded = values.view(torch.float8_e4m3fn).float()
+        x = decoded * scales if ROW_SCALES else decoded * _spread(scales, weight)
     else:
         x = x.float()
-    blocks = zip(weight.qweight.split(weight.height), _spread(256 * weight.scales, width, in_features), strict=True)
-    outs = [(x * scales) @ decode_torch(rows).T for rows, scales in blocks]
-    out = torch.cat(outs, dim=1)
+    if ROW_SCALES:
+        outs = [x @ decode_torch(rows).T for rows in weight.qweight.split(DECODED_ROWS)]
+        out = torch.cat(outs, dim=1) * (256 * weight.scales.flatten())
+    else:
+        blocks = zip(weight.qweight.split(weight.height), _spread(256 * weight.scales, weight), strict=True)
+        outs = [(x * scales) @ decode_torch(rows).T for rows, scales in blocks]
+        out = torch.cat(outs, dim=1)
     if BIAS:
         out = out if bias is None else out + bias
     return out.to(dtype)
 
 
-def _spread(scales: Tensor, width: int, size: int) -> Tensor:
-    """[…, groups] -> […, size], each scale `width` times."""
-    return scales.repeat_interleave(width, dim=-1)[..., :size]
+def _spread(scales: Tensor, weight: Fp8Matrix) -> Tensor:
+    """[…, groups] -> […, in], each scale as often as its block is wide."""
+    return scales.repeat_interleave(weight.width, dim=-1)[..., : weight.in_features]
 
 
 @triton.jit
@@ -171,7 +214,7 @@ def _fp8_matvec_kernel(
         g = first + tl.arange(0, BLOCK_GROUPS)
         scale_ptrs = scales_ptr + (row // HEIGHT)[:, None] * groups + g[None, :]
         scale = tl.load(scale_ptrs, mask=(g < groups)[None, :], other=0.0) * 256.0
-        if DYNAMIC_ACTIVATIONS:
+        if ROUNDED_ACTIVATIONS:
             scale *= tl.load(x_scales_ptr + g, mask=g < groups, other=0.0)[None, :] * 256.0
         for start in range(0, WIDTH, BLOCK_K):
             j = start + tl.arange(0, BLOCK_K)
@@ -180,7 +223,7 @@ def _fp8_matvec_kernel(
             qweight_ptrs = qweight_ptr + row.to(tl.int64)[:, None, None] * in_features + k[None, :, :]
             weight = decode(tl.load(qweight_ptrs, mask=inside[None, :, :], other=0))
             x = tl.load(x_ptr + k, mask=inside, other=0)
-            x = decode(x) if DYNAMIC_ACTIVATIONS else x.to(tl.float32)
+            x = decode(x) if ROUNDED_ACTIVATIONS else x.to(tl.float32)
             acc += weight * x[None, :, :] * scale[:, :, None]
     out = tl.sum(tl.sum(acc, 2), 1)
     if BIAS and bias_ptr is not None:
@@ -225,7 +268,7 @@ def _fp8_matmul_kernel(
         x = tl.load(x_ptrs + k[None, :], mask=inside[None, :], other=0)
         weight = tl.load(qweight_ptrs + k[:, None], mask=inside[:, None], other=0)
         scale = tl.load(scale_ptrs + g)[None, :]
-        if DYNAMIC_ACTIVATIONS:
+        if ROUNDED_ACTIVATIONS:
             scale = scale * tl.load(x_scales_ptr + row_m * groups + g)[:, None]
             if NATIVE:
                 sums = tl.dot(x.to(tl.float8e4nv, bitcast=True), weight.to(tl.float8e4nv, bitcast=True))
@@ -255,3 +298,18 @@ def _quantize_kernel(x_ptr, values_ptr, scales_ptr, size, WIDTH: tl.constexpr, B
     value = tl.where(scale == 0.0, 0.0, tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)))
     tl.store(values_ptr + row * size + k, encode(value), mask=inside)
     tl.store(scales_ptr + row * tl.num_programs(1) + group, scale)
+
+
+@triton.jit
+def _scale_kernel(x_ptr, scale_ptr, values_ptr, scales_ptr, size, BLOCK: tl.constexpr):
+    """Grid (rows)."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scale_ptr)
+    numbers = tl.full([BLOCK], 1, tl.int32)
+    for start in range(0, size, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * size + k, mask=k < size, other=0.0).to(tl.float32)
+        numbers = tl.minimum(numbers, (x == x).to(tl.int32))
+        tl.store(values_ptr + row * size + k, encode(tl.div_rn(x, scale)), mask=k < size)
+    scale = tl.where(tl.min(numbers, 0) == 1, scale, float("nan"))  # decoded codes are never NaN
+    tl.store(scales_ptr + row, scale)

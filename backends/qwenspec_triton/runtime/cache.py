@@ -103,11 +103,22 @@ class PagedKVCache:
         new tokens, which is smaller than its own, or -1 if it follows the sequence. It then sees its ancestors, at its
         depth's position. commit_tree must follow before the next forward."""
         forward = self.sequences.begin_forward(seq_ids, lengths, tree_parents)
-        self.batch = self._describe(forward)
+        try:
+            self.batch = self._describe(forward)
+        except BaseException:  # no memory on the device, or Ctrl-C
+            self.sequences.cancel_forward()
+            raise
 
     def end_forward(self) -> None:
         """Close what begin_forward opened."""
         self.sequences.end_forward()
+        self.batch = None
+
+    def cancel_forward(self) -> None:
+        """Close what begin_forward opened as if it had not been, after a forward that failed: its new tokens go.
+
+        [EVICTS] Pages that it gave back behind the window stay so."""
+        self.sequences.cancel_forward()
         self.batch = None
 
     def commit_tree(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> None:
@@ -130,9 +141,9 @@ class PagedKVCache:
                 scales[:, :, targets] = scales[:, :, sources]
         self.sequences.commit(paths)
 
-    def open_batch(self, tokens: int) -> Batch:
-        """The batch that begin_forward described, which must have this many new tokens."""
-        self.sequences.check_open(tokens)
+    def open_batch(self, tokens: int, sequences: int | None = None) -> Batch:
+        """What begin_forward described: this many new tokens, of this many sequences where that is said."""
+        self.sequences.check_open(tokens, sequences)
         assert self.batch is not None
         return self.batch
 

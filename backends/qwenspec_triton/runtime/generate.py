@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .generation import Sampling, Token, pack
+from .checks import check_integer
+from .generation import Sampling, Token, check_chosen, check_prompts, pack
 from .parallel import broadcast
 
 
@@ -26,12 +27,9 @@ def generate(
 
     stopped: asked of each token (prompt, id) that is no stop token, whether it is that prompt's last."""
     sampling = sampling or Sampling()
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs a token")
-    for prompt in prompts:
-        bad = next((i for i in prompt if not 0 <= i < model.config.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {model.config.vocab_size}")
+    check_prompts(prompts, model.config.vocab_size)
+    check_integer("page_size", page_size, least=1)
+    check_integer("prefill_chunk_size", prefill_chunk_size, least=1)
     pages = sum(-(-(len(prompt) + sampling.max_tokens) // page_size) for prompt in prompts)
     cache = model.create_paged_kv_cache(len(prompts), pages * page_size, prefill_chunk_size, page_size)
     generators = [torch.Generator(model.device).manual_seed(sampling.seed) for _ in prompts]
@@ -42,7 +40,9 @@ def generate(
     produced = 0
     while True:
         sampled = sample(logits, sampling, [generators[i] for i in running])
+        sampled = sampled.masked_fill(~logits.isfinite().all(-1), -1)  # comes to the host with the tokens
         ids = broadcast(sampled, model.ranks).tolist()  # ranks go on together, whatever each has rounded
+        check_chosen(ids, running, str(model.dtype).removeprefix("torch."))
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):

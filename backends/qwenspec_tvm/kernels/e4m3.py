@@ -1,6 +1,6 @@
 """float8 e4m3: its bytes as float32.
 
-[DYNAMIC_ACTIVATIONS] And activations rounded to it.
+[ROUNDED_ACTIVATIONS] And activations rounded to it.
 """
 
 from functools import cache
@@ -17,7 +17,8 @@ from .gemm import argument, scheduled_function
 from .rows import each_row, load, store
 from .target import is_cpu
 
-DYNAMIC_ACTIVATIONS = True  # flag: activations are rounded to it
+ROUNDED_ACTIVATIONS = True  # flag: activations are rounded to it
+STATIC_ACTIVATIONS = True  # flag: … with a scale that the checkpoint has
 
 LARGEST = 448.0
 LEAST_NORMAL = 2.0**-6
@@ -30,7 +31,24 @@ def over_256(byte: Any) -> Any:
     return T.cast(T.reinterpret("float16", bits), "float32")
 
 
-if DYNAMIC_ACTIVATIONS:
+if STATIC_ACTIVATIONS:
+
+    def round_activations_by(x: Tensor, scale: Tensor) -> Tensor:
+        """q · s with q = e4m3(x / s), at most 448 in magnitude.
+
+        In float32, q to the nearest, ties to even; NaN stays so.
+
+        x: [n, in]
+        scale: [1], float32
+        -> [n, in], float32
+        """
+        n, inputs = x.shape[0], int(x.shape[1])
+        if not is_cpu():
+            return op.tensor_expr_op(_round_by_te, "round_activations", [x, scale])
+        function = _round_by_tir(inputs, x.dtype)
+        return op.tensor_ir_op(function, "round_activations", [x, scale], Tensor.placeholder((n, inputs), "float32"))
+
+elif ROUNDED_ACTIVATIONS:
 
     def round_activations(x: Tensor, group: int) -> Tensor:
         """q · s with q = e4m3(x / s) and s = max|x| / 448 over each `group` inputs of a row; the last may have fewer.
@@ -112,4 +130,28 @@ def _largest_te(x: te.Tensor, group: int) -> te.Tensor:
 def _round_te(x: te.Tensor, largest: te.Tensor, group: int) -> te.Tensor:
     return te.compute(
         x.shape, lambda row, k: _rounded(x[row, k].astype("float32"), largest[row, k // group]), "round_activations"
+    )
+
+
+@cache
+def _round_by_tir(inputs: int, dtype: str) -> PrimFunc:
+    with IRBuilder() as builder, scheduled_function():
+        n = T.int64()
+        x, scale = argument("x", (n, inputs), dtype), argument("scale", (1,), "float32")
+        out = argument("out", (n, inputs), "float32")
+        with T.sblock("root"):
+            each_row(n, inputs, lambda row: _round_row_by(x, scale, out, row))
+    return builder.get()
+
+
+def _round_row_by(x, scale, out, row) -> None:
+    with T.serial(int(x.shape[1])) as k:
+        store(out, (row,), k, _nearest(load(x, (row,), k) / scale[0]) * scale[0])
+
+
+def _round_by_te(x: te.Tensor, scale: te.Tensor) -> te.Tensor:
+    return te.compute(
+        x.shape,
+        lambda row, k: _nearest(x[row, k].astype("float32") / scale[0]) * scale[0],
+        "round_activations",
     )

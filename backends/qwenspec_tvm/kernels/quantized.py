@@ -11,14 +11,15 @@ from tvm.relax.frontend import nn
 from tvm.relax.frontend.nn import Tensor, op
 from tvm.script.ir_builder import tirx as T
 
-from .e4m3 import over_256, round_activations
+from .e4m3 import over_256, round_activations, round_activations_by
 from .linear import panel_width
 from .quantized_gemm import quantized_matmul, take_quantized_rows
 from .quantized_panels import Layout
 from .target import cores, is_cpu
 
 FP8 = True  # flag: weights are float8
-DYNAMIC_ACTIVATIONS = True  # flag: … and activations are rounded to it
+ROUNDED_ACTIVATIONS = True  # flag: … and activations are rounded to it
+STATIC_ACTIVATIONS = True  # flag: … with a scale that the checkpoint has
 BITS = "4"  # flag: 4 or 8, of the linear layers' integers; empty where they are none
 INT8_HEAD = True  # flag: the LM head is int8, unlike the linear layers
 ZERO_POINTS = True  # flag: groups have zero points
@@ -39,11 +40,14 @@ class QuantizedWeight(nn.Module):
             self.zeros = _Stored(*arrays["zeros"])
         if ACT_ORDER:
             self.order = _Stored((in_features,), "int32")  # which input each column multiplies
+        if STATIC_ACTIVATIONS:
+            self.input_scale = _Stored((1,), "float32")
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: str | None = None) -> Tensor:
         """x Wᵀ + b, rounded once.
 
-        [DYNAMIC_ACTIVATIONS] x is rounded to e4m3 first (see e4m3.round_activations).
+        [ROUNDED_ACTIVATIONS and not STATIC_ACTIVATIONS] x is rounded to e4m3 first (see e4m3.round_activations).
+        [STATIC_ACTIVATIONS] x is rounded to e4m3 first (see e4m3.round_activations_by).
 
         x: [n, in]
         bias: [out]
@@ -53,7 +57,9 @@ class QuantizedWeight(nn.Module):
         out_dtype = out_dtype or x.dtype
         if ACT_ORDER:
             x = op.tensor_expr_op(_columns_te, "columns", [x, self.order])
-        if DYNAMIC_ACTIVATIONS:
+        if STATIC_ACTIVATIONS:
+            x = round_activations_by(x, self.input_scale)
+        elif ROUNDED_ACTIVATIONS:
             x = round_activations(x, self.layout.group)
         if not is_cpu():
             out = op.tensor_expr_op(self._matmul_te, "NT_matmul", [x, *self._arrays])

@@ -1,7 +1,7 @@
 """Quantised weights as the kernels read them: which arrays there are, and how checkpoints' numbers get there.
 
 [not FP8] W[n, k] = (q[n, k] - z[n, g]) · s[n, g], where g is the group of input k
-[FP8] W[n, k] = q[n, k] · s[n, g], where q is float8 e4m3 and g is the block of input k
+[FP8] W[n, k] = q[n, k] · s[n, g], where q is float8 e4m3 and g is the block or row of input k
 
 Inputs are cut into runs that share a scale, of RUN at most: a run's sum stays in registers and is scaled once. Where
 groups are no whole runs, or runs no whole words, zeros fill them up: kernels count positions, as many as the inputs or
@@ -18,6 +18,7 @@ BITS = "4"  # flag: 4 or 8, of the linear layers' integers; empty where they are
 FP8 = True  # flag: weights are float8
 ZERO_POINTS = True  # flag: groups have zero points
 INT8_HEAD = True  # flag: the LM head is int8, unlike the linear layers
+WIDE_SCALES = True  # flag: scales are float32
 
 RUN = 128
 
@@ -34,7 +35,7 @@ class Layout(NamedTuple):
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Name -> shape and dtype. Each is [out, columns], or packed in panels, [panels, columns, width]."""
-        scale_dtype = "float32" if FP8 or self.groups == 1 else "float16"
+        scale_dtype = "float32" if WIDE_SCALES or self.groups == 1 else "float16"
         found = {
             "values": (self._shape(self.positions // self.per_word), self.word_dtype),
             "scales": (self._shape(self.groups), scale_dtype),

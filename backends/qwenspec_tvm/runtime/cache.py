@@ -61,6 +61,7 @@ class PagedKVCache:
         # TVM's ids are not the caller's: it needs 0 and more, and keeps removed sequences until trees are committed.
         self._ids: dict[int, int] = {}
         self._new_id = itertools.count()
+        self._open_ids: list[int] = []  # of the open forward's sequences
         self._tree_ids: list[int] = []  # of the sequences that wait for commit_tree, in their order
         if DYNAMIC_ROPE:
             self.inv_freq: Any = None  # [n, rotary_dim / 2] float32, the rotary frequencies of each new token
@@ -110,7 +111,7 @@ class PagedKVCache:
         `tree_parents`: the new tokens are trees. For each of them the number of its parent among its own sequence's
         new tokens, which is smaller than its own, or -1 if it follows the sequence. It then sees its ancestors, at its
         depth's position. commit_tree must follow before the next forward."""
-        if SLIDING:
+        if SLIDING and self._device.type != "cpu":
             self._check_gpu("a token tree", refused=tree_parents is not None)
             longest = max(lengths, default=0)
             self._check_gpu(f"a chunk of {longest} tokens, longer than the window", longest > self._window())
@@ -123,6 +124,7 @@ class PagedKVCache:
         if len(batch) == 3:
             # A commit reads what is otherwise prepared in the forward, which may never come.
             _call("attention_kv_cache_get_query_positions", self.state)
+        self._open_ids = ids
         self._tree_ids = ids if self.sequences.waiting else []
         if DYNAMIC_ROPE:
             self.inv_freq = self._frequencies(forward)
@@ -132,6 +134,23 @@ class PagedKVCache:
         if self.sequences.forward:
             _call("kv_state_end_forward", self.state)
         self.sequences.end_forward()
+        if DYNAMIC_ROPE:
+            self.inv_freq = None
+
+    def cancel_forward(self) -> None:
+        """Close what begin_forward opened as if it had not been, after a forward that failed: its new tokens go."""
+        forward = self.sequences.forward
+        if forward is None:
+            return
+        _call("kv_state_end_forward", self.state)
+        if _branch(forward.sequences):
+            none = Shape((-1,) * len(self._open_ids))
+            _call("attention_kv_cache_commit_accepted_token_tree_nodes", self.state, Shape(tuple(self._open_ids)), none)
+        else:
+            for tvm_id, n in zip(self._open_ids, forward.lengths, strict=True):
+                _call("kv_state_popn", self.state, tvm_id, n)
+        self.sequences.cancel_forward()
+        self._tree_ids = []
         if DYNAMIC_ROPE:
             self.inv_freq = None
 
@@ -153,9 +172,9 @@ class PagedKVCache:
         self.sequences.commit(paths)
         self._remove_forgotten()
 
-    def check_open(self, tokens: int) -> None:
-        """A forward must be open, with this many new tokens."""
-        self.sequences.check_open(tokens)
+    def check_open(self, tokens: int, sequences: int | None = None) -> None:
+        """A forward must be open, with this many new tokens, and of this many sequences where that is said."""
+        self.sequences.check_open(tokens, sequences)
 
     def length(self, seq_id: int) -> int:
         """Tokens in a sequence."""

@@ -28,6 +28,7 @@ from tvm.s_tir import dlight
 from tvm.target import Target
 
 from .config import Config
+from .kept import doubt, make_private
 from .targets import BuildError
 
 HEAD_DIMS = (16, 32, 64, 128)  # a head's threads, each with 4 dimensions, then lie in one warp
@@ -122,10 +123,12 @@ def machine_code(text: str, arch: str, cache: Path) -> bytes:
     By nvcc, or where there is none by NVRTC from the Python package cuda-bindings. Raises BuildError.
     """
     path = cache / f"kernels-{arch}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cubin"
-    if path.is_file():
+    if path.is_file() and not (doubt(cache) or doubt(path)):
         return path.read_bytes()
     code = _nvcc(text, arch) if shutil.which("nvcc") else _nvrtc(text, arch)
-    cache.mkdir(parents=True, exist_ok=True)
+    make_private(cache)
+    if doubt(cache):
+        return code
     with tempfile.NamedTemporaryFile(dir=cache, prefix=".building-", delete=False) as file:
         file.write(code)
     os.replace(file.name, path)  # at once, for others may look for it

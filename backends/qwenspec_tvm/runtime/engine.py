@@ -21,6 +21,7 @@ from tvm_ffi import Shape
 from . import nccl, parallel
 from .cache import PagedKVCache
 from .checkpoint import open_checkpoint
+from .checks import check_cache, check_embeds, check_integers
 from .config import Config
 from .kernels.kv_layout import ENTRY_DTYPE
 from .library import Library, find_library, read_library, title
@@ -95,25 +96,34 @@ class Model:
 
     def prefill(self, embeds: Embeds, cache: PagedKVCache) -> Tensor:
         """[1, n, hidden] of one sequence -> logits of its last token [1, 1, vocab]."""
-        return self._forward("prefill", self._embeds(embeds, 1, None), cache)
+        embeds = self._embeds(embeds, 1, None)
+        self._check_open(embeds, cache, sequences=1)
+        return self._forward("prefill", embeds, cache)
 
     def decode(self, embeds: Embeds, cache: PagedKVCache) -> Tensor:
         """[1, 1, hidden] -> [1, 1, vocab]."""
-        return self._forward("decode", self._embeds(embeds, 1, 1), cache)
+        embeds = self._embeds(embeds, 1, 1)
+        self._check_open(embeds, cache, sequences=1)
+        return self._forward("decode", embeds, cache)
 
     def batch_prefill(self, embeds: Embeds, logit_positions: Ids, cache: PagedKVCache) -> Tensor:
         """[1, n, hidden] and positions [b] in 0 … n - 1 -> logits there [1, b, vocab]."""
         embeds = self._embeds(embeds, 1, None)
+        self._check_open(embeds, cache)
         positions = _integers(logit_positions, "logit_positions", embeds.shape[1])
         return self._forward("batch_prefill", embeds, cache, self._tensor(positions))
 
     def batch_decode(self, embeds: Embeds, cache: PagedKVCache) -> Tensor:
         """[b, 1, hidden], a token of each sequence -> [b, 1, vocab]."""
-        return self._forward("batch_decode", self._embeds(embeds, None, 1), cache)
+        embeds = self._embeds(embeds, None, 1)
+        self._check_open(embeds, cache, sequences=embeds.shape[0])
+        return self._forward("batch_decode", embeds, cache)
 
     def batch_verify(self, embeds: Embeds, cache: PagedKVCache) -> Tensor:
         """[1, n, hidden] -> logits of every token [1, n, vocab]."""
-        return self._forward("batch_verify", self._embeds(embeds, 1, None), cache)
+        embeds = self._embeds(embeds, 1, None)
+        self._check_open(embeds, cache)
+        return self._forward("batch_verify", embeds, cache)
 
     def create_paged_kv_cache(
         self,
@@ -138,20 +148,19 @@ class Model:
             arguments += (functools.partial(inverse_frequencies, self.config),)
         return PagedKVCache(self._share, *arguments)
 
+    def _check_open(self, embeds: Tensor, cache: PagedKVCache, sequences: int | None = None) -> None:
+        """The cache's forward must be open, for so many tokens, and for so many sequences where that is said."""
+        check_cache(cache, PagedKVCache)
+        cache.check_open(embeds.shape[0] * embeds.shape[1], sequences)
+
     def _forward(self, method: str, embeds: Tensor, cache: PagedKVCache, *others: Tensor) -> Tensor:
-        rows, columns, _ = embeds.shape
-        cache.check_open(rows * columns)
         if DYNAMIC_ROPE:
             return self._methods[method](embeds, *others, cache.state, cache.inv_freq, self._parameters)[0]
         return self._methods[method](embeds, *others, cache.state, self._parameters)[0]
 
     def _embeds(self, embeds: Embeds, rows: int | None, columns: int | None) -> Tensor:
         """On the device, if they are [rows, columns, hidden], where None is any number."""
-        shape = tuple(embeds.shape)
-        wanted = (rows, columns, self.config.hidden_size)
-        if len(shape) != 3 or 0 in shape or any(w not in (None, s) for s, w in zip(shape, wanted, strict=True)):
-            names = ", ".join(str(w) if w else name for w, name in zip(wanted, ("b", "n", ""), strict=True))
-            raise ValueError(f"embeds are {list(shape)}, and this method takes [{names}]")
+        check_embeds(embeds, rows, columns, self.config.hidden_size)
         if isinstance(embeds, np.ndarray):
             dtype = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
             return self._tensor(embeds.astype(dtype, copy=False))
@@ -219,11 +228,7 @@ def _read_library(path: Path, kind: str, dtype: str | None, ranks: Ranks) -> Lib
 
 
 def _integers(numbers: Ids, name: str, end: int) -> np.ndarray:
-    """int32 [n], if each is in 0 … end - 1: compiled code reads where they say."""
+    """int32 [n], if each is in 0 … end - 1."""
     array = np.asarray(numbers)
-    if array.ndim != 1 or not array.size or array.dtype.kind not in "iu":
-        raise ValueError(f"{name} are integers [n], at least one, and not {array.dtype} {list(array.shape)}")
-    if array.min() < 0 or array.max() >= end:
-        wrong = array[(array < 0) | (array >= end)][0]
-        raise ValueError(f"{name}: {wrong} is not in 0 … {end - 1}")
+    check_integers(array, name, end)
     return array.astype(np.int32, copy=False)

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .checks import check_integer
 from .engine import reshape
-from .generation import Sampling, Token, pack
+from .generation import Sampling, Token, check_chosen, check_prompts, pack
 from .parallel import broadcast
 
 
@@ -26,12 +27,9 @@ def generate(
     stopped: asked of each token (prompt, id) that is no stop token, whether it is that prompt's last. Draws are
     numpy's: with the same seed, other tokens than a PyTorch generator's."""
     sampling = sampling or Sampling()
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs a token")
-    for prompt in prompts:
-        bad = next((i for i in prompt if not 0 <= i < model.config.vocab_size), None)
-        if bad is not None:
-            raise ValueError(f"token id {bad} is outside the vocabulary of {model.config.vocab_size}")
+    check_prompts(prompts, model.config.vocab_size)
+    check_integer("page_size", page_size, least=1)
+    check_integer("prefill_chunk_size", prefill_chunk_size, least=1)
     pages = sum(-(-(len(prompt) + sampling.max_tokens) // page_size) for prompt in prompts)
     cache = model.create_paged_kv_cache(len(prompts), pages * page_size, prefill_chunk_size, page_size)
     generators = [np.random.default_rng(sampling.seed) for _ in prompts]
@@ -41,8 +39,11 @@ def generate(
     running = list(range(len(prompts)))
     produced = 0
     while True:
-        drawn = sample(logits, sampling, [generators[i] for i in running])
+        with np.errstate(all="ignore"):  # of what is not finite
+            drawn = sample(logits, sampling, [generators[i] for i in running])
+        drawn = np.where(np.isfinite(logits).all(-1), drawn, -1)
         ids = broadcast(drawn, model.ranks).tolist()
+        check_chosen(ids, running, model.dtype)
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from tvm.target import Target
 
 from . import cuda
 from .config import Config
+from .kept import cache_folder, doubt, make_private
 from .targets import BuildError, features, host_target
 
 HERE = Path(__file__).parent
@@ -52,33 +52,43 @@ class Library:
 def find_library(target: Target, dtype: str, degree: int = 1) -> Library:
     """The library of this package for a target and each of `degree` ranks, from the cache, or compiled and kept there.
 
-    The cache is $QWENSPEC_CACHE, or qwenspec/ in $XDG_CACHE_HOME or ~/.cache. Several processes may look at once:
-    each writes a file of its own and renames it.
+    Nothing is loaded that another user can have written (see kept.py). Several processes may look at once: each writes
+    a file of its own and renames it.
     """
     wanted = describe(target, dtype, degree)
     key = hashlib.sha256(json.dumps(wanted, sort_keys=True).encode()).hexdigest()
     ranks = f"-tp{degree}" if degree > 1 else ""
     name = re.sub(r"[^\w.-]", "_", f"{wanted['variant']}-{dtype}-{target.kind.name}{ranks}-{key[:16]}.so")
     path = cache_folder() / name
-    try:
-        return read_library(path)
-    except BuildError:
-        pass  # none, or damaged: a new one takes its place
+    if wrong := doubt(path):
+        note(f"{wrong}: another takes its place")
+    elif not doubt(path.parent):
+        try:
+            return read_library(path)
+        except BuildError:
+            pass  # none, or damaged: a new one takes its place
     note(f"compiling {wanted['variant']} in {dtype} for {title(wanted)}, once")
     executable, metadata = compile_library(target, dtype, degree)
     try:
-        write_library(executable, metadata, path)
+        _keep(executable, metadata, path)
     except BuildError as error:
         note(f"the library is used from memory, and will be compiled again next time: {error}")
         return Library(metadata, executable)
-    return read_library(path)
+    try:
+        return read_library(path)
+    except BuildError:  # what lay there before and would not do is still loaded under this name
+        return Library(metadata, executable)
 
 
-def cache_folder() -> Path:
-    """Where libraries are kept."""
-    if folder := os.environ.get("QWENSPEC_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwenspec"
+def _keep(executable: relax.VMExecutable, metadata: dict[str, Any], path: Path) -> None:
+    """In the cache, where that is this user's alone. Raises BuildError."""
+    try:
+        make_private(path.parent)
+    except OSError as error:
+        raise BuildError(f"{path.parent} cannot be made: {error.strerror}") from error
+    if wrong := doubt(path.parent):
+        raise BuildError(f"{wrong}; QWENSPEC_CACHE names another folder")
+    write_library(executable, metadata, path)
 
 
 def describe(target: Target, dtype: str, degree: int = 1) -> dict[str, Any]:
@@ -131,6 +141,7 @@ def write_library(executable: relax.VMExecutable, metadata: dict[str, Any], path
             _link(executable, file)
             with file.open("ab") as end:
                 end.write(_seal(file.read_bytes(), json.dumps(metadata).encode()))
+            file.chmod(file.stat().st_mode & ~0o022)  # code: others never write to it
             file.replace(path)
     except OSError as error:
         raise BuildError(f"{path} cannot be written: {error.strerror}") from error
@@ -141,8 +152,10 @@ def read_library(path: Path) -> Library:
     metadata = read_metadata(path)
     check(metadata, path)
     try:
-        return Library(metadata, tvm.runtime.load_module(str(path)))
-    except (OSError, RuntimeError, ValueError) as error:
+        module = tvm.runtime.load_module(str(path))
+        module["vm_load_executable"]  # AttributeError where the file holds something else
+        return Library(metadata, module)
+    except (AttributeError, OSError, RuntimeError, ValueError) as error:
         raise BuildError(f"{path} cannot be loaded: {first_line(error)}; {_rebuild(metadata)}") from error
 
 

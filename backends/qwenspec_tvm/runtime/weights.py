@@ -21,6 +21,8 @@ QUANTIZED = True  # flag: some matrices are quantised
 FP8 = True  # flag: … in float8
 ZERO_POINTS = True  # flag: … with zero points
 ACT_ORDER = True  # flag: … with an order of their inputs
+ROW_SCALES = True  # flag: float8 has a scale a row
+STATIC_ACTIVATIONS = True  # flag: … and one for its inputs
 
 ALIGNMENT = 64  # of every parameter, which compiled code relies on
 
@@ -97,16 +99,20 @@ if QUANTIZED:
                 store_values(array, q, row, layout)
         elif content == "scales":
             scales = matrix.scales()
-            if FP8:
+            if FP8 and not ROW_SCALES:
                 scales = np.repeat(scales, matrix.format["block"][0], axis=0)[: matrix.shape[0]]
             store_scales(array, scales)
         elif ZERO_POINTS and content == "zeros":
             store_zeros(array, matrix.zeros())
         elif ACT_ORDER and content == "order":
             array[:] = matrix.order()
+        elif STATIC_ACTIVATIONS and content == "input_scale":
+            array[:] = matrix.input_scale()
 
     def _layout(matrix: QuantizedMatrix, values: np.ndarray) -> Layout:
         width = values.shape[2] if values.ndim == 3 else None
+        if FP8 and ROW_SCALES:
+            return Layout(*matrix.shape, 8, None, width)
         if FP8:
             return Layout(*matrix.shape, 8, matrix.format["block"][1], width)
         return Layout(*matrix.shape, matrix.format["bits"], matrix.format["group_size"], width)

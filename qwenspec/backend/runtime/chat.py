@@ -27,7 +27,6 @@ from .text import TextError
 SECONDS = 10.0  # that a template may take
 SIZE = 1 << 26  # characters, items or bits that one value in it may have, and characters of the whole text
 REASONING = ("reasoning_content", "thinking", "reasoning")  # names of what a message's author thought
-
 PADDING = ("batch", "center", "indent", "slice", "tojson")  # filters whose numbers are widths
 
 

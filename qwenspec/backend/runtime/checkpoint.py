@@ -36,8 +36,11 @@ __all__ = ["Checkpoint", "CheckpointError", "Parameter", "open_checkpoint"]
 
 QUANTIZED = True  # flag: some matrices are quantised
 GPTQ = True  # flag: … by GPTQ
+PACK_QUANTIZED = True  # flag: … by compressed-tensors, in words
 TIED = True  # flag: the embedding is the LM head too, in full precision
 STORED_KV_SCALES = True  # flag: the checkpoint has scales of the KV cache, [] or [1] each
+
+MARKS = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv")  # of quantised weights
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
         wanted += [(matrix.name, tensor) for matrix in matrices for tensor in matrix.tensors]
         allowed += manifest["zero_tensors"]
     problems = check(wanted, stored, allowed)
+    if PACK_QUANTIZED and not problems:
+        problems = check_groups(matrices)
     if GPTQ and not problems:
         read = {tensor.name for _, tensor in wanted}
         problems = check_groups(matrices) + check_zeros(stored, read, manifest["zero_tensors"])
@@ -132,7 +137,7 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
 
 def _other_quantization(stored: dict[str, Stored]) -> list[str]:
     """What explains most of what is wrong, where it is."""
-    quantized = next((name for name in sorted(stored) if name.endswith((".qweight", ".weight_scale_inv"))), None)
+    quantized = next((name for name in sorted(stored) if name.endswith(MARKS)), None)
     if QUANTIZED:
         return [] if quantized else ["its weights are in full precision, and this package's are quantised"]
     return [f"its weights are quantised ({quantized}), and this package's are not"] if quantized else []

@@ -23,20 +23,24 @@ class TextStream:
     def add(self, id: int) -> bool:
         """One more token; whether its text completes a stop."""
         self._ids.append(id)
-        before, after = (self._text.decode(self._ids[self._begin : end]) for end in (self._read, None))
-        if not after.endswith("\ufffd"):  # else bytes of the last character may still come
+        piece = self._decode()
+        if not piece.endswith("\ufffd"):  # else bytes of the last character may still come
             self._begin, self._read = self._read, len(self._ids)
-            self._append(after[len(before) :])
+            self._append(piece)
         return self._stopped
 
     def take(self, last: bool) -> str:
         """Text that is certain, and was not taken before: what may be the beginning of a stop waits, unless `last`."""
         if last and not self._stopped:
-            before, after = (self._text.decode(self._ids[self._begin : end]) for end in (self._read, None))
-            self._append(after[len(before) :])
+            self._append(self._decode())
         kept = 0 if last or self._stopped else self._beginning()
         taken, self._held = self._held[: len(self._held) - kept], self._held[len(self._held) - kept :]
         return taken
+
+    def _decode(self) -> str:
+        """What the ids add to the text that are not in it."""
+        before, after = (self._text.decode(self._ids[self._begin : end]) for end in (self._read, None))
+        return after[len(before) :]
 
     def _append(self, piece: str) -> None:
         """Where a stop is complete, drop it and what follows: the one that is complete first."""

@@ -6,7 +6,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from .checks import check_integer
+
 GREEDY = 1e-30  # logits divided by less would overflow, and nothing but the likeliest token would be drawn
+
+
+class NonFiniteError(ValueError):
+    """Logits are NaN or infinite: no token can be chosen by them."""
 
 
 @dataclass(frozen=True)
@@ -62,3 +68,29 @@ def pack(lengths: Sequence[int], size: int) -> Iterator[list[tuple[int, int, int
                 forward, room = [], size
     if forward:
         yield forward
+
+
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """One at least, each with a token at least, and no token that the model has not."""
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("every prompt needs a token")
+    for number, prompt in enumerate(prompts):
+        for token in prompt:
+            check_integer(f"a token of prompt {number}", token)
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"token id {token} is outside the vocabulary of {vocab_size}")
+
+
+def check_chosen(tokens: Sequence[int], prompts: Sequence[int], dtype: str) -> None:
+    """tokens: the next of each of these prompts, -1 where its logits are not finite. Raises NonFiniteError."""
+    if -1 in tokens:
+        where = ", ".join(str(prompt) for prompt, token in zip(prompts, tokens, strict=True) if token == -1)
+        raise NonFiniteError(
+            f"the logits of prompt {where} are NaN or infinite, so there is no next token: {_why(dtype)}"
+        )
+
+
+def _why(dtype: str) -> str:
+    if dtype == "float16":
+        return "a model trained in bfloat16 may exceed float16's range of 65504; take dtype bfloat16 or float32"
+    return f"in {dtype}, weights or scales that are damaged, or not this model's, may be why"

@@ -1,7 +1,8 @@
 """Quantised matrices of a checkpoint as plain numbers, whatever packs them there.
 
 [PACKING != "fp8"] W[n, k] = (q[n, k] - z[n, g]) · s[n, g], where g is the group of input k
-[PACKING == "fp8"] W[n, k] = q[n, k] · s[n // block[0], k // block[1]]
+[PACKING == "fp8" and FP8_SCALES == "block"] W[n, k] = q[n, k] · s[n // block[0], k // block[1]]
+[PACKING == "fp8" and FP8_SCALES != "block"] W[n, k] = q[n, k] · s[n]
 
 A matrix [out, in] is read a few rows at a time and never dequantised here; its scales come whole. Of several ranks,
 each reads what it has of the matrix; where it has fewer rows or columns than room for them, the scales are zeros.
@@ -22,14 +23,25 @@ import numpy as np
 from .shares import Piece, cut, read_entry
 from .stored import PIECE, CheckpointError, Stored, Tensor
 
-PACKING = "gptq"  # flag: awq, gptq, fp8, int8 or int4, how the checkpoint stores the linear layers
+PACKING = "gptq"  # flag: awq, gptq, pack_quantized, fp8, int8 or int4, how the checkpoint stores the linear layers
+FP8_SCALES = "block"  # flag: block, channel or tensor, what has a scale in the checkpoint
+STATIC_ACTIVATIONS = True  # flag: modules have a scale for their inputs
 GPTQ_V1 = True  # flag: the first format of gptq, with zero points less one
 ZERO_POINTS = True  # flag: groups have zero points
 ACT_ORDER = True  # flag: inputs belong to groups in an order of their own
 INT8_HEAD = True  # flag: the LM head is int8, unlike the linear layers
 
-INTEGERS = {"I32": "<i4", "U8": "u1", "I8": "i1", "F8_E4M3": "u1", "BF16": "<u2"}  # floats that numpy has not, as bits
+INTEGERS = {
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "u1",
+    "I8": "i1",
+    "F8_E4M3": "u1",
+    "BF16": "<u2",
+}  # floats that numpy has not, as bits
 DTYPES = INTEGERS | {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
+if PACKING in ("gptq", "pack_quantized"):
+    G_IDX = "g_idx" if PACKING == "gptq" else "weight_g_idx"  # the group of each input
 if PACKING == "awq":
     NIBBLES = np.array((0, 4, 1, 5, 2, 6, 3, 7))  # of a word, where each of its eight outputs is
 
@@ -86,19 +98,31 @@ class QuantizedMatrix:
     def scales(self) -> np.ndarray:
         """All of s.
 
-        [PACKING == "fp8"] -> float32 [ceil(out / block[0]), ceil(in / block[1])]
+        [PACKING == "fp8" and FP8_SCALES == "block"] -> float32 [ceil(out / block[0]), ceil(in / block[1])]
+        [PACKING == "fp8" and FP8_SCALES != "block"] -> float32 [out, 1]
         [PACKING == "int8"] -> float32 [out, 1]
-        [PACKING not in ("fp8", "int8") and not INT8_HEAD] -> float16 [out, groups]
+        [PACKING == "pack_quantized"] -> float32 [out, groups]
+        [PACKING not in ("fp8", "int8", "pack_quantized") and not INT8_HEAD] -> float16 [out, groups]
         [INT8_HEAD] -> float16 [out, groups], of the head float32 [out, 1]
         """
         scales = self._by_group(self._scales, np.float32)
         if not np.isfinite(scales).all():
             raise CheckpointError(f"{self.name}: a scale is not a finite number")
-        if PACKING in ("fp8", "int8"):
+        if PACKING in ("fp8", "int8", "pack_quantized"):
             return scales
         if INT8_HEAD and self.format["packing"] == "int8":
             return scales
         return _float16(self.name, scales)
+
+    if STATIC_ACTIVATIONS:
+
+        def input_scale(self) -> np.ndarray:
+            """What inputs are divided by before they are rounded to e4m3, float32 [1]."""
+            (source,) = self.sources  # each part of a fused matrix has one of its own
+            scale = _floats(self._read(source, "input_scale")).reshape(1)
+            if not 0 < scale[0] < np.inf:
+                raise CheckpointError(f"{source.tensors['input_scale'].name} is {scale[0]:g}, and a scale is above 0")
+            return scale
 
     if ZERO_POINTS:
 
@@ -115,22 +139,27 @@ class QuantizedMatrix:
         @functools.cached_property
         def _order(self) -> np.ndarray:
             (source,) = self.sources  # each part of a fused matrix has an order of its own
-            return np.argsort(self._read(source, "g_idx"), kind="stable").astype(np.int32)
+            return np.argsort(self._read(source, G_IDX), kind="stable").astype(np.int32)
 
-    if PACKING == "gptq":
+    if PACKING in ("gptq", "pack_quantized"):
 
         def check(self) -> Iterator[str]:
-            """Where groups and zero points are not what the format says."""
+            """Where the tensors are not what the format says."""
             for source in self.sources:
-                groups = source.tensors["g_idx"].name
-                (inputs,) = source.tensors["g_idx"].shape
+                groups = source.tensors[G_IDX].name
+                (inputs,) = source.tensors[G_IDX].shape
                 size = self.format["group_size"] or inputs
                 if ACT_ORDER:
-                    if not np.array_equal(np.sort(self._read(source, "g_idx")), np.arange(inputs) // size):
+                    if not np.array_equal(np.sort(self._read(source, G_IDX)), np.arange(inputs) // size):
                         yield f"groups: {groups} does not put {size} inputs in every group"
-                elif groups in self.stored and (self._read(source, "g_idx") != np.arange(inputs) // size).any():
+                elif groups in self.stored and (self._read(source, G_IDX) != np.arange(inputs) // size).any():
                     yield f"groups: {groups} has another order than the inputs': the spec must say `desc_act: true`"
-            if not ZERO_POINTS:
+                if PACKING == "pack_quantized":
+                    said = self._read(source, "weight_shape").tolist()
+                    if said != [source.rows, inputs]:
+                        named = source.tensors["weight_shape"].name
+                        yield f"shape: {named} says {said}, and {self.name} needs {[source.rows, inputs]}"
+            if PACKING == "gptq" and not ZERO_POINTS:
                 for source, piece in self._held():
                     points = self._zeros(source, slice(piece.start, piece.stop), self._groups(self.columns))
                     if (points != 1 << (self.format["bits"] - 1)).any():
@@ -161,9 +190,7 @@ class QuantizedMatrix:
 
     def _groups(self, columns: slice) -> slice:
         """Of columns that begin at a group: groups, or blocks."""
-        if PACKING == "fp8":
-            return _blocks(columns, self.format["block"][1])
-        size = self.format["group_size"]
+        size = self.format["block"][1] if PACKING == "fp8" else self.format["group_size"]
         return _blocks(columns, size) if size else slice(0, 1)
 
     # ------------------------------------------------------------------------------------------- as it is packed
@@ -176,10 +203,13 @@ class QuantizedMatrix:
         if PACKING == "awq":
             words = self._read(source, "qweight", columns, _blocks(rows, 8))
             return _nibbles(words).T[_within(rows, 8)]
-        if PACKING == "gptq":
+        if PACKING in ("gptq", "pack_quantized"):
             per_word = 32 // self.format["bits"]
-            words = self._read(source, "qweight", _blocks(columns, per_word), rows)
-            values = _split(words.T, self.format["bits"])[:, _within(columns, per_word)]
+            if PACKING == "gptq":
+                words = self._read(source, "qweight", _blocks(columns, per_word), rows).T
+            else:
+                words = self._read(source, "weight_packed", rows, _blocks(columns, per_word))
+            values = _split(words, self.format["bits"])[:, _within(columns, per_word)]
             return values[:, self._order] if ACT_ORDER else values
         if PACKING == "int8":
             return _unsigned(self._read(source, "qweight", rows, columns))
@@ -189,8 +219,14 @@ class QuantizedMatrix:
 
     def _scales(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
         """s of some rows and groups of a source, of blocks of them in float8: float32."""
-        if PACKING == "fp8":
+        if PACKING == "fp8" and FP8_SCALES == "block":
             return _floats(self._read(source, "weight_scale_inv", rows, groups))
+        if PACKING == "fp8" and FP8_SCALES == "channel":
+            return _floats(self._read(source, "weight_scale", rows, groups))
+        if PACKING == "fp8":
+            return np.full((rows.stop - rows.start, 1), _floats(self._read(source, "weight_scale")))[:, groups]
+        if PACKING == "pack_quantized":
+            return _floats(self._read(source, "weight_scale", rows, groups))
         if PACKING in ("awq", "gptq"):
             return _floats(self._read(source, "scales", groups, rows)).T
         if PACKING == "int8":
@@ -199,13 +235,16 @@ class QuantizedMatrix:
             return _floats(self._read(source, "scales", rows)).reshape(-1, 1)[:, groups]
         return _floats(self._read(source, "scales", rows, groups))
 
-    if PACKING in ("awq", "gptq"):
+    if PACKING == "gptq" or ZERO_POINTS:
 
         def _zeros(self, source: Source, rows: slice, groups: slice) -> np.ndarray:
             """z of some rows and groups of a source, uint8."""
             if PACKING == "awq":
                 return _nibbles(self._read(source, "qzeros", groups, _blocks(rows, 8))).T[_within(rows, 8)]
             per_word = 32 // self.format["bits"]
+            if PACKING == "pack_quantized":
+                words = self._read(source, "weight_zero_point", _blocks(rows, per_word), groups)
+                return _split(words.T, self.format["bits"]).T[_within(rows, per_word)]
             words = self._read(source, "qzeros", groups, _blocks(rows, per_word))
             points = _split(words, self.format["bits"]).T[_within(rows, per_word)]
             if GPTQ_V1:
@@ -244,11 +283,14 @@ def read_quantized(
     )
 
 
-if PACKING == "gptq":
+if PACKING in ("gptq", "pack_quantized"):
 
     def check_groups(matrices: list[QuantizedMatrix]) -> list[str]:
-        """Every reason why groups and zero points are not what the format says."""
+        """Every reason why they are not what the format says."""
         return [problem for matrix in matrices for problem in matrix.check()]
+
+
+if PACKING == "gptq":
 
     def check_zeros(stored: dict[str, Stored], read: Iterable[str], patterns: list[str]) -> list[str]:
         """Tensors that match a pattern, that no parameter reads, and that are not all zero."""

@@ -11,6 +11,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .checks import check_integer
+
 EVICTS = True  # flag: every layer slides, so pages behind the window can be given back
 DYNAMIC_ROPE = True  # flag: the rotary frequencies depend on the sequence's length
 FROZEN_ROPE = True  # flag: … and stay as the first forward chose them
@@ -116,11 +118,15 @@ class Sequences:
 
         A forward takes at most `prefill_chunk_size` tokens, or one token of each sequence.
         [EVICTS] evict_window: give pages back that no query of this window sees any more; None: keep them."""
+        check_integer("max_batch_size", max_batch_size, least=1)
+        check_integer("max_total_seq_len", max_total_seq_len, least=1)
+        check_integer("prefill_chunk_size", prefill_chunk_size, least=1)
+        check_integer("page_size", page_size, least=1)
         self.max_batch_size = max_batch_size
         self.max_tokens = max(prefill_chunk_size, max_batch_size)
         self.page_size = page_size
         self.num_pages = -(-max_total_seq_len // page_size)
-        self.forward: Forward | None = None  # between begin_forward and end_forward
+        self.forward: Forward | None = None  # between begin_forward and end_forward or cancel_forward
         self.waiting: list[tuple[int, CachedSequence]] = []  # ids and sequences of the last forward, if it had trees
         self._sequences: dict[int, CachedSequence] = {}
         # A heap: low pages go first, so that a lone sequence lies in one piece.
@@ -131,9 +137,10 @@ class Sequences:
 
     def add(self, seq_id: int, prompt_length: int | None = None) -> None:
         """Start an empty sequence."""
+        check_integer("a sequence's id", seq_id)
         self._check_new(seq_id)
-        if prompt_length is not None and prompt_length < 1:
-            raise ValueError(f"prompt_length is {prompt_length}; a prompt has a token at least")
+        if prompt_length is not None:
+            check_integer("prompt_length", prompt_length, least=1)
         sequence = CachedSequence()
         if DYNAMIC_ROPE:
             sequence.prompt_length = prompt_length or 0
@@ -142,6 +149,7 @@ class Sequences:
     def remove(self, seq_id: int) -> None:
         """Forget a sequence and give its pages back. Those of a tree's sequence wait for the rest of its batch."""
         sequence = self._sequence(seq_id)
+        self._check_closed(seq_id, sequence)
         del self._sequences[seq_id]
         if sequence.tree is None:
             self._give_back(sequence)
@@ -151,7 +159,9 @@ class Sequences:
     def fork(self, parent: int, child: int, at: int) -> PageCopy | None:
         """`child` starts with the first `at` tokens of `parent` (-1: all)."""
         source = self._settled(parent)
+        check_integer("a sequence's id", child)
         self._check_new(child)
+        check_integer("the number of tokens to fork at", at)
         at = source.length if at < 0 else at
         if at > source.length:
             raise ValueError(f"cannot fork sequence {parent} at {at}: it has {source.length} tokens")
@@ -176,6 +186,7 @@ class Sequences:
     def popn(self, seq_id: int, n: int) -> PageCopy | None:
         """Forget the last n tokens."""
         sequence = self._settled(seq_id)
+        check_integer("the number of tokens to remove", n)
         if not 0 <= n <= sequence.length:
             raise ValueError(f"cannot remove {n} tokens of sequence {seq_id}: it has {sequence.length}")
         if EVICTS:
@@ -223,12 +234,32 @@ class Sequences:
         """Close what begin_forward opened."""
         self.forward = None
 
-    def check_open(self, tokens: int) -> None:
-        """A forward must be open, with this many new tokens."""
+    def cancel_forward(self) -> None:
+        """Close what begin_forward opened, and take its new tokens back.
+
+        [EVICTS] Pages that it gave back behind the window stay so: they are gone."""
+        if self.forward is None:
+            return
+        for sequence, n in zip(self.forward.sequences, self.forward.lengths, strict=True):
+            sequence.length -= n
+            sequence.tree = None
+            self._give_back(sequence, -(-sequence.length // self.page_size))
+            if FROZEN_ROPE and sequence.length == 0:
+                sequence.rope_length = 0
+        self.waiting = []
+        self.forward = None
+
+    def check_open(self, tokens: int, sequences: int | None = None) -> None:
+        """A forward must be open, with this many new tokens, and of this many sequences where that is said."""
         if self.forward is None:
             raise RuntimeError("no forward is open: call begin_forward(seq_ids, lengths) first")
         if self.forward.tokens != tokens:
             raise ValueError(f"{tokens} tokens are given, and begin_forward made room for {self.forward.tokens}")
+        if sequences not in (None, len(self.forward.sequences)):
+            raise ValueError(
+                f"the open forward has {len(self.forward.sequences)} sequences, and this method takes {sequences}: "
+                "batch_prefill takes any"
+            )
 
     def accepted_paths(self, seq_ids: Sequence[int], leaves: Sequence[int]) -> list[list[int]]:
         """The nodes that stay of each tree of `waiting`, in its order, for a leaf (-1: none stays) of each sequence."""
@@ -247,6 +278,7 @@ class Sequences:
         for seq_id, sequence in self.waiting:
             self._check_closed(seq_id, sequence)
             leaf = chosen[seq_id] if self._is_held((seq_id, sequence)) else -1
+            check_integer("a leaf", leaf)
             assert sequence.tree is not None
             size = len(sequence.tree.parents)
             if not -1 <= leaf < size:
@@ -302,10 +334,16 @@ class Sequences:
             raise ValueError(f"the cache holds its {self.max_batch_size} sequences: raise max_batch_size")
 
     def _check_forward(self, seq_ids: Sequence[int], lengths: Sequence[int]) -> list[CachedSequence]:
+        if self.forward:
+            raise RuntimeError(
+                "a forward is open already: call end_forward when its logits are there, or cancel_forward if it failed"
+            )
         if len(seq_ids) != len(lengths) or not seq_ids:
             raise ValueError(f"{len(seq_ids)} sequences with {len(lengths)} lengths")
         if len(set(seq_ids)) != len(seq_ids):
             raise ValueError(f"a sequence appears twice in {list(seq_ids)}")
+        for length in lengths:
+            check_integer("the number of a sequence's new tokens", length)
         if min(lengths) < 1:
             raise ValueError("a sequence of a forward needs a new token: to see a cached prompt's logits, popn 1")
         if sum(lengths) > self.max_tokens:
@@ -325,6 +363,7 @@ class Sequences:
             own = list(parents[start : start + n])
             start += n
             for node, parent in enumerate(own):
+                check_integer("a parent in tree_parents", parent)
                 if not -1 <= parent < node:
                     raise ValueError(
                         f"token {node} of sequence {seq_id} has the parent {parent}: a parent is an earlier token of "

@@ -27,8 +27,8 @@ FLAGS: dict[str, dict[str, tuple[bool | str, ...]]] = {
     "activation": {"ACTIVATION": ("silu", "relu", "gelu", "gelu_tanh")},
     "int_linear": {"BITS": ("4", "8")} | dict.fromkeys(("GROUPS", "ZERO_POINTS", "ACT_ORDER", "BIAS"), (False, True)),
     "int_matrix": {"BITS": ("4", "8")} | dict.fromkeys(("GROUPS", "ZERO_POINTS", "ACT_ORDER", "LOOKUP"), (False, True)),
-    "fp8_linear": dict.fromkeys(("DYNAMIC_ACTIVATIONS", "BIAS"), (False, True)),
-    "fp8_matrix": {},
+    "fp8_linear": dict.fromkeys(("ROUNDED_ACTIVATIONS", "STATIC_ACTIVATIONS", "ROW_SCALES", "BIAS"), (False, True)),
+    "fp8_matrix": dict.fromkeys(("STATIC_ACTIVATIONS", "ROW_SCALES"), (False, True)),
     "columns": {},
     "e4m3": {},
     "dispatch": {},
@@ -46,6 +46,20 @@ KV_FLAGS: dict[str, dict[str, bool | str]] = {
 def combinations(file: str) -> list[dict[str, bool | str]]:
     """Every value of a file's flags."""
     return [dict(zip(FLAGS[file], values, strict=True)) for values in itertools.product(*FLAGS[file].values())]
+
+
+def fp8_flags(activations: str, block: tuple[int, int] | None) -> dict[str, bool | str]:
+    """Of fp8_linear, but for BIAS. `block`: None for a scale a row."""
+    return {
+        "ROUNDED_ACTIVATIONS": activations != "none",
+        "STATIC_ACTIVATIONS": activations == "static",
+        "ROW_SCALES": block is None,
+    }
+
+
+def fp8_matrices(flags: dict[str, bool | str]) -> ModuleType:
+    """The fp8_matrix for these fp8_flags."""
+    return load("fp8_matrix", **{name: flags[name] for name in FLAGS["fp8_matrix"]})
 
 
 def _import(name: str, path: Path) -> ModuleType:
@@ -79,7 +93,8 @@ def _package(kv: str) -> Path:
     for file in [*(file for file, flags in FLAGS.items() if not flags), *(["quantized_kv"] if kv else [])]:
         (package / f"{file}.py").write_text(folded(file, kv), encoding="utf-8")
     # One variant for all that import it, which they do for its type alone.
-    (package / "int_matrix.py").write_text(folded("int_matrix", **combinations("int_matrix")[-1]), encoding="utf-8")
+    for file in ("int_matrix", "fp8_matrix"):
+        (package / f"{file}.py").write_text(folded(file, **combinations(file)[-1]), encoding="utf-8")
     sys.path.insert(0, str(folder))
     return package
 

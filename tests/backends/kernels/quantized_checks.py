@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from kernel_checks import TOLERANCE, Arena, _normal, assert_close, runs_kernels
 from kernel_oracle import Result
-from kernel_variants import load
+from kernel_variants import fp8_flags, fp8_matrices, load
 from torch import Tensor
 
 Array = np.ndarray[Any, Any]
+INPUT_SCALE = 2.0**-6 * 1.1  # what checkpoints have for activations
 PARTS = 100.0  # how much larger the scales are of the second half of a matrix, as of one part of a fused one
 
 
@@ -41,6 +42,9 @@ class Matrix:
     # As some checkpoints lie: the outputs of a group side by side.
     def scales(self) -> Array:
         return np.asfortranarray(self.s)
+
+    def input_scale(self) -> Array:
+        return np.array([INPUT_SCALE], np.float32)
 
     def zeros(self) -> Array:
         assert self.z is not None
@@ -94,8 +98,10 @@ def fp8_matrix(seed: int, out: int, inputs: int, block: tuple[int, int]) -> tupl
     return Matrix(q, s), torch.from_numpy(e4m3_values()[q] * s.astype(np.float64)[rows][:, columns])
 
 
-def rounded_activations(x: Tensor, width: int) -> tuple[Array, Array]:
-    """x [n, in] -> bits of e4m3 [n, in], scales float32 [n, groups]: to the nearest, ties to even mantissas."""
+def rounded_activations(x: Tensor, width: int, given: float | None = None) -> tuple[Array, Array]:
+    """x [n, in] -> bits of e4m3 [n, in], scales float32 [n, groups]: to the nearest, ties to even mantissas.
+
+    given: the scale of all"""
     sizes = e4m3_values()[:127].astype(np.float32)
     middles = (sizes[:-1].astype(np.float64) + sizes[1:]) / 2
     values = x.float().cpu().numpy()
@@ -103,6 +109,8 @@ def rounded_activations(x: Tensor, width: int) -> tuple[Array, Array]:
     for start in range(0, values.shape[1], width):
         group = values[:, start : start + width]
         scale = np.abs(group).max(axis=1, keepdims=True) / np.float32(448)
+        if given is not None:
+            scale = np.full_like(scale, given)
         quotient = np.divide(group, scale, out=np.zeros_like(group), where=scale != 0)
         size = np.minimum(np.abs(quotient), np.float32(448)).astype(np.float64)
         code = np.searchsorted(middles, size, side="left")
@@ -181,28 +189,33 @@ def check_fp8_linear(
     n: int,
     out: int,
     inputs: int,
-    block: tuple[int, int],
-    dynamic: bool,
+    block: tuple[int, int] | None,
+    activations: str = "none",
     biased: bool = False,
     chip: str = "",
 ) -> None:
-    """`chip`: the one that the device passes for."""
-    module = load("fp8_linear", DYNAMIC_ACTIVATIONS=dynamic, BIAS=biased)
+    """`block`: None for a scale a row. `chip`: the one that the device passes for."""
+    flags = fp8_flags(activations, block)
+    module, matrices = load("fp8_linear", **flags, BIAS=biased), fp8_matrices(flags)
     arena = Arena(device)
-    matrix, dense = fp8_matrix(out + inputs, out, inputs, block)
-    weight = packed(arena, load("fp8_matrix").Fp8Matrix(out, inputs, block), matrix)
+    height, width = block or (1, inputs)
+    matrix, dense = fp8_matrix(out + inputs, out, inputs, (height, width))
+    weight = packed(arena, matrices.Fp8Matrix(out, inputs, *([block] if block else [])), matrix)
     x = _normal(23, n, inputs, dtype=dtype)
-    x[0, block[1] : 2 * block[1]] = 0  # a group of zeros
+    x[0, width : 2 * width] = 0  # a group of zeros
+    if activations == "static":
+        x[-1, 0] = 1000  # beyond 448 · INPUT_SCALE
     x = arena.put(x)
     bias = arena.put(_normal(24, out, dtype=dtype)) if biased else None
-    kernels = ["_quantize_kernel"] * dynamic + ["_fp8_matvec_kernel" if n == 1 else "_fp8_matmul_kernel"]
+    kernels = {"none": [], "dynamic": ["_quantize_kernel"], "static": ["_scale_kernel"]}[activations]
+    kernels += ["_fp8_matvec_kernel" if n == 1 else "_fp8_matmul_kernel"]
     passed_for = mock.patch.object(module, "architecture", return_value=chip) if chip else nullcontext()
     with passed_for, arena.watch(kernels):
         y = module.fp8_linear(x, weight, *([bias] if biased else []))
     exact = x
-    if dynamic:
-        codes, scales = rounded_activations(x, block[1])
-        spread = scales.astype(np.float64)[:, np.arange(inputs) // block[1]]
+    if activations != "none":
+        codes, scales = rounded_activations(x, width, INPUT_SCALE if activations == "static" else None)
+        spread = scales.astype(np.float64)[:, np.arange(inputs) // width]
         exact = torch.from_numpy(e4m3_values()[codes] * spread)
     assert_close("fp8", y, product(exact, dense, bias), dtype)
 
@@ -214,7 +227,7 @@ def check_quantize_activations(device: torch.device, dtype: torch.dtype, n: int,
     x = (x * torch.exp2(torch.arange(inputs) % 23 - 11.0)).to(dtype)  # down to numbers that e4m3 has not
     x[0, :width] = 0
     x[-1, -1] = 448 * 2.0**-7  # scales that are powers of two: many ties
-    module = load("fp8_linear", DYNAMIC_ACTIVATIONS=True, BIAS=False)
+    module = load("fp8_linear", **fp8_flags("dynamic", (128, width)), BIAS=False)
     x = arena.put(x)
     with arena.watch(["_quantize_kernel"]):
         codes, scales = module.quantize_activations(x, width)
@@ -229,6 +242,29 @@ def check_quantize_activations(device: torch.device, dtype: torch.dtype, n: int,
         decoded = torch.from_numpy(e4m3_values()[codes.cpu().numpy()])[0, :width] * scales[0, 0].double().cpu()
         assert bool(decoded.isnan().all()), f"{bad} is lost"
         assert not bool(scales[1:].isnan().any())
+
+
+def check_scale_activations(device: torch.device, dtype: torch.dtype, n: int, inputs: int) -> None:
+    """The same bits everywhere; NaN is not lost, and what is too large is the largest."""
+    arena = Arena(device)
+    x = _normal(26, n, inputs, dtype=torch.float32)
+    x = arena.put((x * torch.exp2(torch.arange(inputs) % 23 - 11.0)).to(dtype))
+    module = load("fp8_linear", **fp8_flags("static", None), BIAS=False)
+    scale = torch.full((1,), INPUT_SCALE, device=device)
+    with arena.watch(["_scale_kernel"]):
+        codes, scales = module.scale_activations(x, scale)
+    want, want_scales = rounded_activations(x, inputs, INPUT_SCALE)
+    assert np.array_equal(scales.cpu().numpy(), want_scales)
+    assert np.array_equal(e4m3_values()[codes.cpu().numpy()], e4m3_values()[want])
+    assert int(codes.max()) > 0x7E, "some are negative"
+    broken = x.clone()
+    broken[0, -1], broken[-1, 0] = float("nan"), float("-inf")
+    codes, scales = module.scale_activations(broken, scale)
+    decoded = torch.from_numpy(e4m3_values()[codes.cpu().numpy()]) * scales.double().cpu()
+    assert bool(decoded[0, -1].isnan()), "NaN is lost"
+    assert bool(scales[0].isnan()) or not runs_kernels(device), "kernels decode no NaN"
+    assert decoded[-1, 0] == -448 * float(np.float32(INPUT_SCALE))
+    assert not bool(decoded[1:].isnan().any())
 
 
 def check_all(device: torch.device) -> None:
@@ -246,21 +282,26 @@ def check_all(device: torch.device) -> None:
                 check_int_linear(device, dtype, n, 24, 80, bits, group_size, zero_points, act_order, biased)
         for bits, group_size in ((4, 32), (8, None), (4, None)):
             check_int_embedding(device, dtype, 30, 80, bits, group_size)
-        for dynamic in (False, True):
+        for block, activations in (((16, 32), "none"), ((16, 32), "dynamic"), (None, "dynamic"), (None, "static")):
             for n in (1, 3):
-                check_fp8_linear(device, dtype, n, 40, 80, (16, 32), dynamic, biased=n == 3)
+                check_fp8_linear(device, dtype, n, 40, 80, block, activations, biased=n == 3)
         check_quantize_activations(device, dtype, 3, 70, 32)
+        check_scale_activations(device, dtype, 3, 1100)
     # Ragged edges: odd groups, inputs that fill no group, several tiles of outputs.
     for n in (1, 2, 5, 70):
         check_int_linear(device, torch.float32, n, 301, 50, 4, 7, zero_points=True)
         check_int_linear(device, torch.float32, n, 7, 3, 4, None)
         check_int_linear(device, torch.float32, n, 257, 131, 8, 24, zero_points=True, act_order=True, biased=True)
-        check_fp8_linear(device, torch.float32, n, 257, 131, (24, 40), dynamic=False)
-        check_fp8_linear(device, torch.float32, n, 21, 50, (7, 5), dynamic=True, biased=True)
+        check_fp8_linear(device, torch.float32, n, 257, 131, (24, 40))
+        check_fp8_linear(device, torch.float32, n, 21, 50, (7, 5), "dynamic", biased=True)
+        check_fp8_linear(device, torch.float32, n, 257, 131, None)
+        check_fp8_linear(device, torch.float32, n, 21, 50, None, "dynamic", biased=True)
+        check_fp8_linear(device, torch.float32, n, 21, 600, None, "static")
     check_int_linear(device, torch.float32, 1, 5, 1100, 8, None)
     check_int_linear(device, torch.float32, 17, 5, 300, 4, 128)
     check_int_embedding(device, torch.float32, 300, 50, 4, 7)
-    check_fp8_linear(device, torch.float32, 3, 130, 300, (128, 128), dynamic=True)
+    check_fp8_linear(device, torch.float32, 3, 130, 300, (128, 128), "dynamic")
     check_quantize_activations(device, torch.float32, 2, 300, 128)
     if runs_kernels(device) and device.type == "cpu":  # the interpreter multiplies float8 too
-        check_fp8_linear(device, torch.bfloat16, 3, 40, 80, (16, 32), dynamic=True, chip="sm_90")
+        check_fp8_linear(device, torch.bfloat16, 3, 40, 80, (16, 32), "dynamic", chip="sm_90")
+        check_fp8_linear(device, torch.bfloat16, 3, 40, 80, None, "static", chip="sm_90")

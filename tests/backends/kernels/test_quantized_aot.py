@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from aot import MAX_REGISTERS, SHARED_MEMORY, TARGETS, Launch, record, resources
-from kernel_variants import load
+from kernel_variants import fp8_flags, fp8_matrices, load
 
 pytestmark = pytest.mark.aot
 
@@ -37,11 +37,13 @@ def int_launches(
     return record(module, target, lambda: module.int_linear(meta(rows, IN, dtype=dtype), weight, meta(OUT)))
 
 
-def fp8_launches(target: str, rows: int, dtype: torch.dtype, dynamic: bool) -> list[Launch]:
-    module = load("fp8_linear", DYNAMIC_ACTIVATIONS=dynamic, BIAS=True)
-    weight = load("fp8_matrix").Fp8Matrix(OUT, IN, (128, 128))
+def fp8_launches(target: str, rows: int, dtype: torch.dtype, activations: str, blocks: bool = True) -> list[Launch]:
+    flags = fp8_flags(activations, (128, 128) if blocks else None)
+    module = load("fp8_linear", **flags, BIAS=True)
+    weight = fp8_matrices(flags).Fp8Matrix(OUT, IN, *([(128, 128)] if blocks else []))
     weight.qweight = meta(OUT, IN, dtype=torch.uint8)
-    weight.scales = meta(OUT // 128, IN // 128, dtype=torch.float32)
+    weight.scales = meta(*((OUT // 128, IN // 128) if blocks else (OUT, 1)), dtype=torch.float32)
+    weight.input_scale = meta(1, dtype=torch.float32)
     return record(module, target, lambda: module.fp8_linear(meta(rows, IN, dtype=dtype), weight, meta(OUT)))
 
 
@@ -55,8 +57,10 @@ def launches(target: str) -> Iterator[tuple[str, Launch]]:
             cases[f"awq-{name}"] = int_launches(target, rows, dtype, 4, 128, True)
             cases[f"int8-{name}"] = int_launches(target, rows, dtype, 8, None, False)
             cases[f"gptq8-{name}"] = int_launches(target, rows, dtype, 8, 128, True)
-            cases[f"fp8-{name}"] = fp8_launches(target, rows, dtype, dynamic=True)
-            cases[f"fp8 weights-{name}"] = fp8_launches(target, rows, dtype, dynamic=False)
+            cases[f"fp8-{name}"] = fp8_launches(target, rows, dtype, "dynamic")
+            cases[f"fp8 weights-{name}"] = fp8_launches(target, rows, dtype, "none")
+            cases[f"fp8 rows-{name}"] = fp8_launches(target, rows, dtype, "dynamic", blocks=False)
+            cases[f"fp8 static-{name}"] = fp8_launches(target, rows, dtype, "static", blocks=False)
     for name, group in cases.items():
         for launch in group:
             yield f"{name}{launch.kernel.__name__}", launch

@@ -17,6 +17,9 @@ many = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 dtypes = st.sampled_from(sorted(TOLERANCE, key=str))
 sizes = st.integers(1, 70)
 rows = st.sampled_from([1, 2, 9, 30])
+fp8 = st.tuples(st.tuples(sizes, sizes), st.sampled_from(["none", "dynamic"])) | st.tuples(
+    st.none(), st.sampled_from(["none", "dynamic", "static"])
+)
 group_sizes = st.none() | st.sampled_from([1, 2, 7, 16, 32, 50])
 
 
@@ -35,11 +38,16 @@ def test_int_linear(
 
 
 @many
-@given(dtypes, rows, st.integers(1, 300), sizes, st.tuples(sizes, sizes), st.booleans(), st.booleans())
+@given(dtypes, rows, st.integers(1, 300), sizes, fp8, st.booleans())
 def test_fp8_linear(
-    dtype: torch.dtype, n: int, out: int, inputs: int, block: tuple[int, int], dynamic: bool, biased: bool
+    dtype: torch.dtype, n: int, out: int, inputs: int, how: tuple[tuple[int, int] | None, str], biased: bool
 ) -> None:
-    checks.check_fp8_linear(CPU, dtype, n, out, inputs, block, dynamic, biased)
+    checks.check_fp8_linear(CPU, dtype, n, out, inputs, *how, biased)
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE, key=str))
+def test_scale_activations(dtype: torch.dtype) -> None:
+    checks.check_scale_activations(CPU, dtype, 3, 70)
 
 
 @pytest.mark.parametrize("n", [1, 3])

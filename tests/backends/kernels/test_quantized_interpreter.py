@@ -22,6 +22,9 @@ few = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 dtypes = st.sampled_from(sorted(TOLERANCE, key=str))
 rows = st.sampled_from([1, 2, 17])
 sizes = st.integers(1, 70)
+fp8 = st.tuples(st.tuples(sizes, sizes), st.sampled_from(["none", "dynamic"])) | st.tuples(
+    st.none(), st.sampled_from(["none", "dynamic", "static"])
+)
 group_sizes = st.none() | st.sampled_from([1, 2, 7, 16, 32, 50])
 
 
@@ -39,17 +42,22 @@ def test_int_linear(
 
 
 @few
-@given(dtypes, rows, st.integers(1, 50), sizes, st.tuples(sizes, sizes), st.booleans(), st.booleans())
+@given(dtypes, rows, st.integers(1, 50), sizes, fp8, st.booleans())
 def test_fp8_linear(
-    dtype: torch.dtype, n: int, out: int, inputs: int, block: tuple[int, int], dynamic: bool, biased: bool
+    dtype: torch.dtype, n: int, out: int, inputs: int, how: tuple[tuple[int, int] | None, str], biased: bool
 ) -> None:
-    checks.check_fp8_linear(CPU, dtype, n, out, inputs, block, dynamic, biased)
+    checks.check_fp8_linear(CPU, dtype, n, out, inputs, *how, biased)
 
 
 @few
 @given(dtypes, st.integers(1, 4), sizes, sizes)
 def test_quantize_activations(dtype: torch.dtype, n: int, inputs: int, width: int) -> None:
     checks.check_quantize_activations(CPU, dtype, n, inputs, width)
+
+
+@pytest.mark.parametrize("dtype", sorted(TOLERANCE, key=str))
+def test_scale_activations(dtype: torch.dtype) -> None:
+    checks.check_scale_activations(CPU, dtype, 3, 1100)
 
 
 MISTAKES: dict[str, tuple[str, str, str, Callable[[], None]]] = {
@@ -99,19 +107,25 @@ MISTAKES: dict[str, tuple[str, str, str, Callable[[], None]]] = {
         "fp8_linear",
         "(row // HEIGHT)[:, None] * groups",
         "(row * 0)[:, None] * groups",
-        lambda: checks.check_fp8_linear(CPU, F32, 1, 40, 80, (16, 32), dynamic=False),
+        lambda: checks.check_fp8_linear(CPU, F32, 1, 40, 80, (16, 32)),
     ),
     "fp8: activations' scales of the first token": (
         "fp8_linear",
         "x_scales_ptr + row_m * groups + g",
         "x_scales_ptr + row_m * 0 + g",
-        lambda: checks.check_fp8_linear(CPU, F32, 3, 40, 80, (16, 32), dynamic=True),
+        lambda: checks.check_fp8_linear(CPU, F32, 3, 40, 80, (16, 32), "dynamic"),
     ),
     "fp8: a group of zeros divides by zero": (
         "fp8_linear",
         "tl.where(scale == 0.0, 0.0, tl.div_rn(x, tl.where(scale == 0.0, 1.0, scale)))",
         "tl.div_rn(x, scale)",
         lambda: checks.check_quantize_activations(CPU, F32, 2, 70, 32),
+    ),
+    "fp8: NaN is lost with a stored scale": (
+        "fp8_linear",
+        "tl.where(tl.min(numbers, 0) == 1, scale",
+        "tl.where(tl.min(numbers, 0) < 2, scale",
+        lambda: checks.check_scale_activations(CPU, F32, 2, 70),
     ),
     "fp8: NaN is lost": (
         "fp8_linear",

@@ -6,9 +6,10 @@ import importlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -222,6 +223,112 @@ def test_a_damaged_library_in_the_cache_is_replaced(
         assert library.find_library(targets.find_target("cpu"), "float32").metadata["variant"] == "tiny"
     assert len(compiled) == 1
     assert capsys.readouterr().err.count("note: compiling tiny in float32 for llvm") == 1
+
+
+@pytest.fixture
+def find(
+    library: ModuleType, targets: ModuleType, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Callable[[], Any], list[int]]:
+    """Asks for the library of a cache at tmp_path / "cache"; and how often it was compiled."""
+    compiled: list[int] = []
+
+    def compile_library(*_: object) -> tuple[Any, dict[str, Any]]:
+        compiled.append(1)
+        return Kept(built), library.read_metadata(built)
+
+    monkeypatch.setenv("QWENSPEC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(library, "compile_library", compile_library)
+    return lambda: library.find_library(targets.find_target("cpu"), "float32"), compiled
+
+
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_nobody_else_can_write_to_the_cache(umask: int, find: Any, built: Path, tmp_path: Path) -> None:
+    ask, compiled = find
+    before = os.umask(umask)
+    try:
+        ask()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "cache").stat().st_mode) == 0o700
+    assert not stat.S_IMODE((tmp_path / "cache" / built.name).stat().st_mode) & 0o022
+    ask()
+    assert compiled == [1]
+
+
+@pytest.mark.parametrize("where", ["folder", "file"])
+@pytest.mark.parametrize("why", ["others can write to ", "belongs to another user", "is a symbolic link"])
+def test_what_others_may_have_written_is_not_loaded(
+    where: str, why: str, find: Any, library: ModuleType, built: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    ask, compiled = find
+    ask()
+    folder = tmp_path / "cache"
+    place = folder if where == "folder" else folder / built.name
+    if why == "others can write to ":
+        place.chmod(place.stat().st_mode | 0o020)
+    elif why == "is a symbolic link":
+        place.rename(tmp_path / "elsewhere")
+        place.symlink_to(tmp_path / "elsewhere")
+    else:
+        seen = Path.lstat
+
+        def lstat(path: Path) -> Any:
+            found = list(seen(path))
+            return os.stat_result([*found[:4], os.geteuid() + 1, *found[5:]]) if path == place else seen(path)
+
+        monkeypatch.setattr(Path, "lstat", lstat)
+    read = library.read_library
+    monkeypatch.setattr(library, "read_library", lambda path: compiled.append(path) or read(path))
+    ask()
+    told = capsys.readouterr().err
+    assert why in told
+    if where == "folder":  # in memory alone
+        assert compiled == [1, 1]
+        assert "the library is used from memory" in told
+    else:  # compiled again into its place, and read from there
+        assert compiled == [1, 1, folder / built.name]
+        assert "another takes its place" in told
+
+
+def test_a_library_of_something_else_is_compiled_again(
+    find: Any, library: ModuleType, built: Path, tmp_path: Path
+) -> None:
+    """Sealed as ours, in our own folder; its code has nothing that a virtual machine runs."""
+    ask, compiled = find
+    (tmp_path / "cache").mkdir(mode=0o700)
+    source, other = tmp_path / "other.c", tmp_path / "cache" / built.name
+    source.write_text("int nothing;\n")
+    subprocess.run([library.cc.get_cc(), "-shared", "-fPIC", "-o", other, source], check=True)
+    seal = library._seal(other.read_bytes(), json.dumps(library.read_metadata(built)).encode())
+    with other.open("ab") as end:
+        end.write(seal)
+    assert isinstance(ask().module, Kept)  # the loader has the other one under this name
+    assert compiled == [1]
+    assert other.read_bytes() == built.read_bytes()  # for the next process
+
+
+@pytest.mark.parametrize(
+    ("environment", "folder"),
+    [
+        ({"QWENSPEC_CACHE": "/a", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/a"),
+        ({"QWENSPEC_CACHE": "", "XDG_CACHE_HOME": "/b", "HOME": "/c"}, "/b/qwenspec"),
+        ({"HOME": "/c"}, "/c/.cache/qwenspec"),
+        ({"HOME": ""}, "/tmp/x/qwenspec-1234"),
+        ({}, "/tmp/x/qwenspec-1234"),
+    ],
+)
+def test_where_the_cache_is(
+    environment: dict[str, str], folder: str, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user without a home has a temporary folder."""
+    for name in ("QWENSPEC_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(os, "geteuid", lambda: 1234)
+    monkeypatch.setattr("pwd.getpwuid", lambda _: {}["no such user"])
+    monkeypatch.setattr("tempfile.gettempdir", lambda: "/tmp/x")
+    assert str(part(module, "kept").cache_folder()) == folder
 
 
 class Kept:

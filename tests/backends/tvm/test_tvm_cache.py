@@ -20,7 +20,18 @@ from qwenspec.backend.package import HERE as COMMON
 from qwenspec_tvm.emit import HERE
 
 HEADS, KV_HEADS, HEAD_DIM = 2, 1, 16
-PLAIN = dict.fromkeys(("SLIDING", "EVERY_LAYER_SLIDES", "EVICTS", "DYNAMIC_ROPE", "FROZEN_ROPE", "QUANTIZED_KV"), False)
+PLAIN = dict.fromkeys(
+    (
+        "SLIDING",
+        "EVERY_LAYER_SLIDES",
+        "EVICTS",
+        "DYNAMIC_ROPE",
+        "FROZEN_ROPE",
+        "QUANTIZED_KV",
+        "GPU_TENSORS",
+    ),
+    False,
+)
 CONFIG = SimpleNamespace(
     num_hidden_layers=2,
     num_attention_heads=HEADS,
@@ -33,7 +44,8 @@ CONFIG = SimpleNamespace(
 
 def package(folder: Path, **flags: bool) -> ModuleType:
     """The cache of a package, without the rest of it."""
-    for file in (HERE / "runtime" / "cache.py", COMMON / "runtime" / "sequences.py"):
+    files = [COMMON / "runtime" / f"{name}.py" for name in ("checks", "sequences")]
+    for file in (HERE / "runtime" / "cache.py", *files):
         text = file.read_text(encoding="utf-8")
         folded = fold(text, {name: value for name, value in (PLAIN | flags).items() if name in declared_flags(text)})
         (folder / file.name).write_text(folded, encoding="utf-8")

@@ -179,9 +179,9 @@ def test_embeds_come_from_numpy_too(oracle: Oracle, model: Any) -> None:
     [
         ([300], r"ids: 300 is not in 0 … 299"),
         ([5, -1], r"ids: -1 is not in 0 … 299"),
-        ([], r"ids are integers \[n\], at least one, and not float64 \[0\]"),
-        ([[1, 2]], r"ids are integers \[n\], at least one, and not int64 \[1, 2\]"),
-        ([1.5], r"ids are integers \[n\], at least one, and not float64 \[1\]"),
+        ([], r"ids are int32 or int64 \[n\], at least one, and not float64 \[0\]"),
+        ([[1, 2]], r"ids are int32 or int64 \[n\], at least one, and not int64 \[1, 2\]"),
+        ([1.5], r"ids are int32 or int64 \[n\], at least one, and not float64 \[1\]"),
     ],
 )
 def test_wrong_ids(model: Any, ids: Any, message: str) -> None:

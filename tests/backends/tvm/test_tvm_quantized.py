@@ -29,7 +29,9 @@ FILES = ("e4m3", "gemm", "linear", "panels", "quantized", "quantized_gemm", "qua
 FLAGS = {
     "BITS": "4",
     "FP8": False,
-    "DYNAMIC_ACTIVATIONS": False,
+    "ROUNDED_ACTIVATIONS": False,
+    "STATIC_ACTIVATIONS": False,
+    "WIDE_SCALES": False,
     "ZERO_POINTS": False,
     "ACT_ORDER": False,
     "INT8_HEAD": False,
@@ -41,6 +43,7 @@ HOST = Target({"kind": "llvm", "mcpu": llvm_get_system_cpu(), "num-cores": 1})
 AVX2 = Target({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mcpu": "x86-64-v3", "num-cores": 4})
 OTHER = Target({"kind": "cuda", "arch": "sm_90", "max_num_threads": 1024})  # whose operators run here on the CPU
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+INPUT_SCALE = np.float32(2.0**-4 * 1.1)
 # Unit roundoff of what is written, beside which float32's sums over K are small.
 ROUNDING = {"float32": 2e-6, "float16": 2**-11, "bfloat16": 2**-8}
 
@@ -53,6 +56,7 @@ class Format:
     block: int = 1  # outputs that share a scale, of fp8
 
 
+FP8: dict[str, bool | str] = {"BITS": "", "FP8": True, "WIDE_SCALES": True}
 FORMATS = {
     "int4": Format(4, 32),
     "int4, groups of 64": Format(4, 64),
@@ -64,9 +68,11 @@ FORMATS = {
     "int8": Format(8, None, {"BITS": "8"}),
     "int8 head of int4": Format(8, None, {"INT8_HEAD": True}),
     "int4 beside an int8 head": Format(4, 32, {"INT8_HEAD": True}),
-    "fp8": Format(8, 128, {"BITS": "", "FP8": True}, block=128),
-    "fp8, small blocks": Format(8, 48, {"BITS": "", "FP8": True}, block=20),
-    "fp8 dynamic": Format(8, 128, {"BITS": "", "FP8": True, "DYNAMIC_ACTIVATIONS": True}, block=128),
+    "fp8": Format(8, 128, FP8, block=128),
+    "fp8, small blocks": Format(8, 48, FP8, block=20),
+    "fp8 dynamic": Format(8, 128, FP8 | {"ROUNDED_ACTIVATIONS": True}, block=128),
+    "fp8 static": Format(8, None, FP8 | {"ROUNDED_ACTIVATIONS": True, "STATIC_ACTIVATIONS": True}),
+    "pack_quantized": Format(4, 20, {"ZERO_POINTS": True, "WIDE_SCALES": True}),
 }
 SIZES = ((261, 1030), (96, 256), (7, 3))
 
@@ -110,7 +116,7 @@ class Matrix:
         self.q = rng.integers(0, 2**form.bits, (outputs, inputs)).astype(np.uint8)
         self.zeros = rng.integers(0, 2**form.bits, (outputs, groups)).astype(np.uint8)
         self.order = rng.permutation(inputs).astype(np.int32)
-        dtype = np.float32 if form.flags.get("FP8") or groups == 1 else np.float16
+        dtype = np.float32 if form.flags.get("WIDE_SCALES") or groups == 1 else np.float16
         rows = -(-outputs // form.block)
         self.scales = (rng.uniform(0.5, 2, (rows, groups)) * 2.0 ** (-8 if form.bits == 4 else -12)).astype(dtype)
         self.scales[rows // 2 :] *= dtype(100)  # another part
@@ -123,7 +129,9 @@ class Matrix:
             self.weight = (self.q.astype(np.float64) - zeros[:, group]) * scales
 
     def product(self, x: np.ndarray) -> np.ndarray:
-        if self.form.flags.get("DYNAMIC_ACTIVATIONS"):
+        if self.form.flags.get("STATIC_ACTIVATIONS"):
+            x = rounded_by(x.astype(np.float32)).astype(np.float64)
+        elif self.form.flags.get("ROUNDED_ACTIVATIONS"):
             x = rounded_activations(x.astype(np.float32), self.form.group_size).astype(np.float64)
         return self._columns(x) @ self.weight.T
 
@@ -146,6 +154,8 @@ class Matrix:
         found = list(arrays.values())
         if form.flags.get("ACT_ORDER"):
             found.append(self.order)
+        if form.flags.get("STATIC_ACTIVATIONS"):
+            found.append(np.array([INPUT_SCALE]))
         return [tvm.runtime.tensor(array) for array in found]
 
     def _columns(self, x: np.ndarray) -> np.ndarray:
@@ -163,6 +173,13 @@ def rounded_activations(x: np.ndarray, group: int) -> np.ndarray:
             q = np.clip(part / scale, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
         out[:, start : start + group] = np.where(scale == 0, 0, q * scale)
     return out
+
+
+def rounded_by(x: np.ndarray) -> np.ndarray:
+    """q · s with q = e4m3(x / s), in float32 throughout."""
+    with np.errstate(over="ignore"):
+        q = np.clip(x / INPUT_SCALE, -448, 448).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return q * INPUT_SCALE
 
 
 def products(name: str, outputs: int, inputs: int, dtype: str) -> nn.Module:
@@ -336,6 +353,28 @@ def test_activations_are_rounded_to_the_bit(target: Target, dtype: str) -> None:
     assert np.isnan(want).sum() == group
     same = (got.view(np.uint32) == want.view(np.uint32)) | (np.isnan(got) & np.isnan(want)) | ((got == 0) & (want == 0))
     assert same.all()
+
+
+@pytest.mark.parametrize("target", [HOST, OTHER], ids=["cpu", "other"])
+def test_activations_are_rounded_with_a_stored_scale(target: Target) -> None:
+    """Numbers of every size, beyond the largest too; NaN stays one."""
+    inputs, rng = 200, np.random.default_rng(0)
+    x = (np.exp2(rng.uniform(-24, 15, (9, inputs))) * rng.choice([-1, 1], (9, inputs))).astype(np.float32)
+    x[3, 60], x[4, 0], x[5, 1] = np.nan, np.inf, -np.inf
+    e4m3 = kernels("fp8 static").e4m3
+
+    class Rounds(nn.Module):
+        def rounded(self, x: nn.Tensor, scale: nn.Tensor) -> nn.Tensor:
+            return e4m3.round_activations_by(x, scale)
+
+    arguments = {"x": nn.spec.Tensor(["n", inputs], "float32"), "scale": nn.spec.Tensor([1], "float32")}
+    with target:
+        exported, _ = Rounds().export_tvm({"rounded": arguments})
+    vm = relax.VirtualMachine(tvm.compile(exported, HOST), tvm.cpu())
+    got = vm["rounded"](tensor(x, "float32"), tensor([INPUT_SCALE], "float32")).numpy()
+    np.testing.assert_array_equal(got, rounded_by(x))
+    assert got[4, 0] == -got[5, 1] == 448 * INPUT_SCALE
+    assert np.isnan(got).sum() == 1
 
 
 @pytest.mark.parametrize("name", ["awq", "int8", "fp8"])
