@@ -1,6 +1,6 @@
 """qwenspec: one YAML spec of a Qwen variant in, a standalone implementation out, on any backend.
 
-spec = qwenspec.load("specs/qwen3.yaml", variant="qwen3-0.6b")
+spec = qwenspec.load("qwen3-0.6b")  # or of a file: load("specs/qwen3.yaml", variant="qwen3-0.6b")
 model = qwenspec.lower(spec)
 package = qwenspec.emit(spec, backend="triton", out="build")
 runner = qwenspec.open_runner(package, weights="DIR", device="cpu", dtype="float32")

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from qwenspec import source
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
 from qwenspec.spec.bundled import resolve
@@ -72,6 +73,7 @@ def _imported(file: str, name: str | None) -> Spec:
     from qwenspec.hf.checkpoint import import_path
 
     path = Path(file)
+    source.refuse_unprintable(file, Location(file, 0, 0))
     if path.is_dir() and not (path / CONFIG).is_file():
         specs = sorted(str(found) for found in path.glob("*.yaml"))[:8]
         hint = f"name a spec in it: {listed(specs)}" if specs else f"a checkpoint's folder has a {CONFIG}"

@@ -22,7 +22,8 @@ BESIDE = ("quantization", "kv_cache")  # the architecture: keys of a document, a
 Extends = Field(
     default=None,
     min_length=1,
-    description="Start from another variant: `other.yaml#variant` (relative to this file) or `#variant`.",
+    description="Start from another variant: `other.yaml#variant` (relative to this file), `#variant`, or "
+    "`qwenspec:variant` of those that come with qwenspec.",
 )
 
 

@@ -48,6 +48,7 @@ def _named(node: Scalar, trail: tuple[str, ...]) -> Node:
         hint = f"{meant}there is {listed(builtin_layouts(), 'and')}, a YAML file such as `./names.yaml`, or the names "
         _fail("unknown-layout", f"there is no layout `{name}`", node.location, hint + "themselves")
     path = os.path.normpath(Path(node.location.file).parent / name)
+    source.refuse_unprintable(path, node.location)
     document = source.parse_file(path, wanted_by=node.location)
     real = os.path.realpath(path)
     if real in trail:
