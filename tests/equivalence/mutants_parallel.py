@@ -42,21 +42,21 @@ PARALLEL_MUTANTS = (
     Mutant(
         "row_parallel_split_by_rows",
         SHARD,
-        "return replace(whole, columns=_inputs(model, param))",
+        "return replace(whole, columns=self._inputs(param))",
         "return replace(whole, rows=(shares.Part(param.shape[0], 1, 0),))",
         "row-parallel products are split by input features",
     ),
     Mutant(
         "norms_sharded_by_width",
         SHARD,
-        "case Shard.REPLICATE:\n            return whole",
-        "case Shard.REPLICATE:\n            return replace(whole, rows=(shares.Part(param.shape[0], 1, 0),))",
+        "case Shard.REPLICATE:\n                return whole",
+        "case Shard.REPLICATE:\n                return replace(whole, rows=(shares.Part(param.shape[0], 1, 0),))",
         "QK-norm weights are of a head, whatever the degree (sglang#20967)",
     ),
     Mutant(
         "fused_matrices_split_as_one",
         SHARD,
-        "return replace(whole, rows=tuple(_part(model, part) for part in param.parts))",
+        "return replace(whole, rows=tuple(map(self._part, param.parts)))",
         "return replace(whole, rows=(shares.Part(param.shape[0], 1, 0),))",
         "each part of a fused matrix is split on its own (vllm#41021)",
     ),
@@ -70,8 +70,8 @@ PARALLEL_MUTANTS = (
     Mutant(
         "heads_of_attention_inputs_by_width",
         SHARD,
-        "return _heads(model, model.layers[0].mixer.num_heads)",
-        "return shares.Part(param.shape[1], model.layers[0].mixer.num_heads + 1, 0)",
+        "return _heads(self.model, self.model.layers[0].mixer.num_heads)",
+        "return shares.Part(param.shape[1], self.model.layers[0].mixer.num_heads + 1, 0)",
         "o_proj reads whole heads",
     ),
     # ----------------------------------------------------------------------------------------- rows and columns

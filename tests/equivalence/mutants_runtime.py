@@ -34,8 +34,8 @@ RUNTIME_FILES = (
     Mutant(
         "popn_keeps_the_length",
         SEQUENCES,
-        "sequence.length -= n\n",
-        "pass\n",
+        "        sequence.length -= n\n        self._give_back(sequence, full + 1",
+        "        self._give_back(sequence, full + 1",
         "verify and roll back",
     ),
     Mutant(
