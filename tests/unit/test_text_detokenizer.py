@@ -47,14 +47,24 @@ def test_the_pieces_of_any_tokens_are_their_text(ids: list[int]) -> None:
 
 @settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
-    text=st.text("ab ", min_size=1, max_size=20),
-    stop=st.lists(st.text("ab ", min_size=1, max_size=4), max_size=3),
+    text=st.lists(st.sampled_from(["sort", "user", "assistant", "so", "or", "t", " "]), min_size=1, max_size=6).map(
+        "".join
+    ),
+    stop=st.lists(st.text("sort ", min_size=1, max_size=5), max_size=3),
     whole=st.booleans(),
 )
 def test_a_stop_string_is_found_wherever_tokens_end(text: str, stop: list[str], whole: bool) -> None:
     ids = TEXT.encode(text, False) if whole else [BYTE[ord(char)] for char in text]
     found, stopped = pieces(ids, stop)
     assert ("".join(found), stopped) == expected(text, stop)
+
+
+def test_the_stop_string_that_is_complete_first_counts() -> None:
+    """However the text is cut into tokens."""
+    whole, letters = TEXT.encode("sort", False), [BYTE[ord(char)] for char in "sort"]
+    assert len(whole) == 1
+    assert pieces(whole, ["sort", "or", "rt"]) == (["s"], True)
+    assert pieces(letters, ["sort", "or", "rt"]) == (["", "", "s"], True)
 
 
 def test_a_character_waits_for_its_last_byte() -> None:
