@@ -1,10 +1,14 @@
 """Importing a checkpoint folder: its tensors are checked against its config.json."""
 
 import json
+import keyword
 import math
+import re
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenspec.backend.fitting import wanted
 from qwenspec.backend.runtime.stored import BITS
@@ -13,6 +17,7 @@ from qwenspec.hf.checkpoint import import_path, tensors_in, variant_name
 from qwenspec.hf.exporter import export_config
 from qwenspec.hf.tensors import expected
 from qwenspec.ir.lower import lower
+from qwenspec.spec.files import VARIANT_NAME
 from qwenspec.spec.load import load
 from qwenspec.spec.quantization import Int4
 
@@ -291,6 +296,15 @@ def test_folders_that_cannot_be_read(spec_of, save, tmp_path):
 )
 def test_names_of_variants(text, name):
     assert variant_name(text) == name
+
+
+@settings(deadline=None)
+@given(st.text() | st.sampled_from(sorted(keyword.kwlist)) | st.text("a-._", min_size=99, max_size=103))
+def test_every_name_of_a_folder_gives_one_of_a_variant(text):
+    name = variant_name(text)
+    assert re.fullmatch(VARIANT_NAME, name)
+    assert len(name) <= 100
+    assert not keyword.iskeyword(re.sub("[-.]", "_", name).lower())
 
 
 def test_a_broken_index_is_told_with_its_place(tmp_path):
