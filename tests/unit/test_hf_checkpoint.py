@@ -139,6 +139,23 @@ def test_released_embedding_models_are_known_by_their_tensors(spec_of, save):
     assert import_path(save(config, contents(spec))).spec.architecture == spec.architecture
 
 
+@pytest.mark.parametrize("variant", ["language", "tied", "embedding", "prefixed-embedding"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_modules_json_makes_an_embedding_model(spec_of, save, variant, normalize):
+    """Whatever config.json says, with the prefix or without it, with an LM head or without one."""
+    spec = spec_of(variant)
+    folder = save(export_config(spec), contents(spec))
+    kinds = ["Transformer", "Pooling", *["Normalize"] * normalize]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [{"path": path, "type": f"models.{kind}"} for path, kind in zip(paths, kinds, strict=False)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode": "lasttoken"}')
+    found = import_path(folder).spec.architecture
+    assert (found.lm_head, found.embedding.normalize) == (None, normalize)
+    assert found.checkpoint.layout == ("qwen3_embedding" if variant == "embedding" else "qwen2")
+
+
 # ------------------------------------------------------------------------------------------------------ tying
 
 
