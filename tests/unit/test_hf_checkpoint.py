@@ -1,10 +1,14 @@
 """Importing a checkpoint folder: its tensors are checked against its config.json."""
 
 import json
+import keyword
 import math
+import re
 import struct
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwenspec.backend.fitting import wanted
 from qwenspec.backend.runtime.stored import BITS
@@ -13,6 +17,7 @@ from qwenspec.hf.checkpoint import import_path, tensors_in, variant_name
 from qwenspec.hf.exporter import export_config
 from qwenspec.hf.tensors import expected
 from qwenspec.ir.lower import lower
+from qwenspec.spec.files import VARIANT_NAME
 from qwenspec.spec.load import load
 from qwenspec.spec.quantization import Int4
 
@@ -132,6 +137,23 @@ def test_released_embedding_models_are_known_by_their_tensors(spec_of, save):
     spec = spec_of("embedding")
     config = export_config(spec) | {"architectures": ["Qwen3ForCausalLM"], "tie_word_embeddings": True}
     assert import_path(save(config, contents(spec))).spec.architecture == spec.architecture
+
+
+@pytest.mark.parametrize("variant", ["language", "tied", "embedding", "prefixed-embedding"])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_modules_json_makes_an_embedding_model(spec_of, save, variant, normalize):
+    """Whatever config.json says, with the prefix or without it, with an LM head or without one."""
+    spec = spec_of(variant)
+    folder = save(export_config(spec), contents(spec))
+    kinds = ["Transformer", "Pooling", *["Normalize"] * normalize]
+    paths = ["", "1_Pooling", "2_Normalize"]
+    modules = [{"path": path, "type": f"models.{kind}"} for path, kind in zip(paths, kinds, strict=False)]
+    (folder / "modules.json").write_text(json.dumps(modules))
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling/config.json").write_text('{"pooling_mode": "lasttoken"}')
+    found = import_path(folder).spec.architecture
+    assert (found.lm_head, found.embedding.normalize) == (None, normalize)
+    assert found.checkpoint.layout == ("qwen3_embedding" if variant == "embedding" else "qwen2")
 
 
 # ------------------------------------------------------------------------------------------------------ tying
@@ -291,6 +313,15 @@ def test_folders_that_cannot_be_read(spec_of, save, tmp_path):
 )
 def test_names_of_variants(text, name):
     assert variant_name(text) == name
+
+
+@settings(deadline=None)
+@given(st.text() | st.sampled_from(sorted(keyword.kwlist)) | st.text("a-._", min_size=99, max_size=103))
+def test_every_name_of_a_folder_gives_one_of_a_variant(text):
+    name = variant_name(text)
+    assert re.fullmatch(VARIANT_NAME, name)
+    assert len(name) <= 100
+    assert not keyword.iskeyword(re.sub("[-.]", "_", name).lower())
 
 
 def test_a_broken_index_is_told_with_its_place(tmp_path):

@@ -98,6 +98,9 @@ def test_numbered_shards_without_an_index(tmp_path):
     assert chosen(fill(tmp_path, *shards)) == shards
     (tmp_path / shards[1]).unlink()
     assert refusal(tmp_path).endswith("neither model.safetensors.index.json nor shard 2 of 3")
+    (tmp_path / shards[2]).unlink()
+    fill(tmp_path, shards[1])
+    assert refusal(tmp_path).endswith("nor shard 3 of 3")
     fill(tmp_path, "other-00001-of-00002.safetensors")
     assert "several sets" in refusal(tmp_path)
 
