@@ -31,6 +31,9 @@ def read(config: Config, modules: Sequence[str], head: str | None) -> dict[str, 
     config.fixed("sparsity_config", None, {}, {"format": "dense"}, why="sparse weights are stored in another way")
     config.fixed("transform_config", None, {}, why="rotations of activations are not implemented")
     storage = config.choice("format", _FORMATS)
+    if storage is None:
+        config.unread.clear()
+        return {}
     groups = config.child("config_groups")
     if groups is None:
         config.error(

@@ -60,8 +60,8 @@ def plain(matrix: Any) -> Array:
         height, width = matrix.format["block"]
         assert scales.dtype == np.float32
         value = q.view(ml_dtypes.float8_e4m3fn).astype(np.float64)
-        return value * scales.astype(np.float64)[rows // height][:, columns // width]
-    assert scales.dtype == (np.float32 if packing == "int8" else np.float16)
+        return value * scales.astype(np.float64)[rows // height][:, columns // (width or q.shape[1])]
+    assert scales.dtype == (np.float32 if packing in ("int8", "pack_quantized") else np.float16)
     bits, group = matrix.format["bits"], columns // (matrix.format["group_size"] or q.shape[1])
     zeros = matrix.zeros()[:, group].astype(np.int64) if matrix.format["zero_points"] else 1 << (bits - 1)
     assert q.max() < 1 << bits

@@ -196,7 +196,7 @@ def test_modules_that_compressed_tensors_leaves_out(named, skip):
         (
             compressed(INT4, config_groups={"a": {"weights": INT4, "targets": ["re:.*up"]}, "b": {"weights": STATIC}}),
             "unsupported-value",
-            "type",
+            "different schemes",
         ),
         (
             compressed(

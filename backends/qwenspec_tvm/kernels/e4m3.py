@@ -90,7 +90,8 @@ def _nearest(value: Any) -> Any:
     small = T.cast(count, "float32") * T.float32(SPACING)
     size = T.Select(size < T.float32(LEAST_NORMAL), small, T.min(normal, T.float32(LARGEST)))
     sign = T.bitwise_and(T.reinterpret("int32", value), T.int32(-0x80000000))
-    return T.Select(value == value, T.reinterpret("float32", T.bitwise_or(T.reinterpret("int32", size), sign)), value)
+    nearest = T.reinterpret("float32", T.bitwise_or(T.reinterpret("int32", size), sign))
+    return T.Select(bits <= T.int32(0x7F800000), nearest, value)  # TVM takes value == value for true
 
 
 @cache

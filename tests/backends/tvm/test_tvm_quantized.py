@@ -372,7 +372,8 @@ def test_activations_are_rounded_with_a_stored_scale(target: Target) -> None:
         exported, _ = Rounds().export_tvm({"rounded": arguments})
     vm = relax.VirtualMachine(tvm.compile(exported, HOST), tvm.cpu())
     got = vm["rounded"](tensor(x, "float32"), tensor([INPUT_SCALE], "float32")).numpy()
-    np.testing.assert_array_equal(got, rounded_by(x))
+    different = (got != rounded_by(x)) & ~np.isnan(x)
+    assert not different.any(), (x[different], got[different], rounded_by(x)[different])
     assert got[4, 0] == -got[5, 1] == 448 * INPUT_SCALE
     assert np.isnan(got).sum() == 1
 
