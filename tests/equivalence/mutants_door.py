@@ -329,6 +329,22 @@ DOOR_MUTANTS = (
         tests=SESSION,
     ),
     Mutant(
+        "row_of_the_first_token",
+        f"{VERIFY}/steps.py",
+        "return [end - 1 for end in accumulate(self.lengths)]",
+        "return [end - n for end, n in zip(accumulate(self.lengths), self.lengths, strict=True)]",
+        "what a prefill returns is of the last token",
+        tests=SESSION,
+    ),
+    Mutant(
+        "tokens_without_their_history",
+        f"{VERIFY}/contenders.py",
+        "                sequence.forward(ids)\n",
+        "                sequence.popn(sequence.length)\n                sequence.forward(ids)\n",
+        "the reference remembers",
+        tests=SESSION,
+    ),
+    Mutant(
         "packages_not_compared",
         f"{VERIFY}/session.py",
         "return [(name, REFERENCE) for name in others] + list(itertools.combinations(others, 2))",

@@ -47,7 +47,7 @@ CONTROL = "control"
 CONTROL_OF_FILES = "control_of_files"
 SURVIVED = "no test failed"
 TIME_LIMIT = 1200  # seconds of a stage
-FAILED = re.compile(r"^(?:FAILED|ERROR) (\S+)(?: - (.*))?$", re.M)
+FAILED = re.compile(r"^(?:FAILED|ERROR) (.+?)(?: - (.*))?$", re.M)
 
 # The suite in parts. The likeliest to notice runs first, and the first that notices is the last.
 OF_WORKLOADS = ("edges", "long", "features", "quantized", "kv_cache", "machines", "parallel")

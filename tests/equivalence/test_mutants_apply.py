@@ -28,7 +28,7 @@ PARTS = {
     "backends/qwenspec_triton/runtime/": 2,
     "backends/qwenspec_tvm/runtime/": 2,
 }
-OF_FILES = 0  # mistakes outside of what a model computes, at least
+OF_FILES = 60  # mistakes outside of what a model computes, at least
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)

@@ -120,7 +120,7 @@ def test_it_is_right(file: Path) -> None:
     assert told(file, LINES) == ()
 
 
-@pytest.mark.parametrize(("number", "indent", "key", "value"), KEYED)
+@pytest.mark.parametrize(("number", "indent", "key", "value"), KEYED, ids=[f"{n}-{key}" for n, _, key, _ in KEYED])
 def test_a_key_of_another_name(file: Path, number: int, indent: str, key: str, value: str | None) -> None:
     """It is told where it stands, with the right name, and to take that up is the whole way out."""
     lines = LINES.copy()
@@ -139,7 +139,7 @@ def test_a_key_of_another_name(file: Path, number: int, indent: str, key: str, v
     assert f"`{key}`" in unknown.hint
 
 
-@pytest.mark.parametrize(("number", "indent", "key", "value"), LEAVES)
+@pytest.mark.parametrize(("number", "indent", "key", "value"), LEAVES, ids=[f"{n}-{key}" for n, _, key, _ in LEAVES])
 def test_a_key_that_is_gone(file: Path, number: int, indent: str, key: str, value: str) -> None:
     """It is named, at the mapping that lacks it or at the variant; or nothing is wrong."""
     found = told(file, LINES[: number - 1] + LINES[number:])
