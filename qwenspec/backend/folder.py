@@ -189,7 +189,8 @@ def _replace(package: Path, new: Mapping[str, bytes], present: Present, kept: tu
         if old is None:
             os.rename(beside, package)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            _repair(package)
         raise
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)  # else the next write does
@@ -228,13 +229,22 @@ def _swap(beside: Path, package: Path) -> Path:
     if _exchanged(beside, package):
         return beside
     old = _beside(package, "old")
-    os.rename(package, old)
-    try:
-        os.rename(beside, package)
-    except OSError:
-        os.rename(old, package)
-        raise
+    _move_away(package, old)
+    os.rename(beside, package)
     return old
+
+
+def _move_away(package: Path, old: Path) -> None:
+    """A container's file system does not rename a folder of its image: it is copied, and then goes, its manifest first,
+    without which nobody takes what is left for a package."""
+    try:
+        os.rename(package, old)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        shutil.copytree(package, old)
+        (package / MANIFEST).unlink()
+        shutil.rmtree(package)
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -245,7 +255,7 @@ def _exchanged(a: Path, b: Path) -> bool:
     if rename(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0:
         return True
     number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+    if number in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EXDEV):
         return False
     raise OSError(number, os.strerror(number))
 
@@ -256,12 +266,20 @@ def _beside(package: Path, ending: str) -> Path:
 
 
 def _repair(package: Path) -> None:
-    """Removes what a process left that was ended while it wrote; where it had just moved the old version away, that
-    comes back."""
+    """Removes what a process left that was ended while it wrote; where it had just moved the old version away, or was
+    about to, that comes back."""
     name = re.compile(rf"\.{re.escape(package.name)}\.[0-9a-f]{{16}}\.(new|old)")
     left = [path for path in package.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
     for path in left:
-        if path.suffix == ".old" and not os.path.lexists(package):
+        if path.suffix == ".old" and _is_gone(package, path):
+            shutil.rmtree(package, ignore_errors=True)
             os.rename(path, package)
         else:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_gone(package: Path, old: Path) -> bool:
+    """There is nothing any more, or what is left of what has been copied to `old`."""
+    if os.path.lexists(package / MANIFEST) or not os.path.lexists(old / MANIFEST) or package.is_symlink():
+        return False
+    return not package.exists() or all(os.path.lexists(old / name) for name in _entries(package))

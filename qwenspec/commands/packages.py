@@ -63,10 +63,14 @@ def _entries(file: Path) -> list[Entry]:
     import yaml
     from pydantic import TypeAdapter, ValidationError
 
-    text = source.read(file)
+    text, depth = source.read(file), 0
     try:
+        for event in yaml.parse(text):  # which reads no further than it is asked to
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > 2:
+                raise ValueError("it is nested too deep")
         return TypeAdapter(list[Entry]).validate_python(yaml.safe_load(text))
-    except (yaml.YAMLError, ValidationError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValidationError, ValueError) as error:
         hint = "it is a list of {spec: FILE, variant: NAME, backend: NAME}"
         problem = Diagnostic("bad-manifest", str(error).splitlines()[0], Location(str(file), 0, 0), hint)
         raise SpecError([problem]) from error

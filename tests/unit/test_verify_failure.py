@@ -20,7 +20,7 @@ from cli_runs import TINY, call
 from qwenspec.diagnostics import SpecError
 from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load
-from qwenspec.verify import failure, opening, stored_failure
+from qwenspec.verify import failure, opening, stored_failure, verification
 from qwenspec.verify import session as session_module
 from qwenspec.verify.case import Case
 from qwenspec.verify.contenders import ReferenceContender, Rows
@@ -333,6 +333,13 @@ def test_an_older_failure_stays_until_it_is_replaced(
     assert list(folder.parent.iterdir()) == [folder]
 
 
+def test_one_that_cannot_be_written_is_told(disagreement: Disagreement, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    told = verification._written_down(disagreement, tmp_path / "file")
+    assert told.reason.startswith(f"{disagreement}; it is not kept: {tmp_path / 'file'}")
+    assert (told.folder, told.command) == ("", "")
+
+
 def test_other_folders_are_not_replaced(disagreement: Disagreement, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     write_failure(disagreement, tmp_path / "mine")  # an empty one is
@@ -474,7 +481,7 @@ def test_what_never_ends_is_not_read(disagreement: Disagreement, tmp_path: Path)
 @pytest.mark.parametrize(
     ("contender", "code", "message"),
     [
-        ("triton@100000", 2, "error[tensor-parallel-degree]"),
+        ("triton@3", 2, "error[tensor-parallel-degree]"),
         ("tritn", 2, "did you mean `triton`?"),
         ("cobol", 3, "error[backend-missing]"),
     ],
