@@ -113,6 +113,17 @@ def test_thinking_is_told_when_it_is_said(run: Run, model: Scripted, tmp_path: P
     assert asked(model) == ["|False", "True|True", "False|True"]
 
 
+def test_a_chat_gets_no_tokens_that_the_tokenizer_adds(run: Run, model: Scripted, tmp_path: Path) -> None:
+    folder = text_folder(tmp_path / "x", chat_template__jinja="{{ messages[0].content }}")
+    end = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    single = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}]
+    added = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {"<|endoftext|>": end}}
+    change(folder / "tokenizer.json", post_processor=added)
+    assert run("--prompt", "a", weights=folder)[0] == 0
+    assert run("--prompt", "a", "--chat", weights=folder)[0] == 0
+    assert asked(model) == ["a<|endoftext|>", "a"]
+
+
 def test_a_prompt_from_standard_input(run: Run, model: Scripted) -> None:
     assert run("--prompt", "-", stdin="sort\n1 é\n".encode()) == (0, "1 2\n", "")
     assert asked(model) == ["sort\n1 é"]
