@@ -65,6 +65,13 @@ def test_the_same_keys_where_they_change_something(keys):
     assert refusals(QWEN3_8B | keys) == {("unsupported-value", name)}
 
 
+@pytest.mark.parametrize("base", [QWEN2_7B, QWEN3_8B], ids=["qwen2", "qwen3"])
+def test_an_absent_tying_is_that_of_hugging_face_s_class(base):
+    config = {key: value for key, value in base.items() if key != "tie_word_embeddings"}
+    theirs = CLASSES[base["model_type"]](**config).tie_word_embeddings
+    assert imported(config).architecture.tie_word_embeddings is theirs is False
+
+
 def test_the_bias_that_qwen2_has_anyway():
     assert imported(QWEN2_7B | {"attention_bias": True}).architecture == imported(QWEN2_7B).architecture
     assert refusals(QWEN2_7B | {"attention_bias": False}) == {("unsupported-value", "attention_bias")}

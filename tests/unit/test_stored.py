@@ -89,6 +89,9 @@ def test_one_file_by_another_name_is_taken_and_told(tmp_path):
     assert "taken to be weights.safetensors" in choose_files(tmp_path).notes[0]
     fill(tmp_path, "adapter_model.safetensors", "._weights.safetensors")
     assert chosen(tmp_path) == ["weights.safetensors"]
+    assert choose_files(tmp_path).notes == (
+        f"The checkpoint is taken to be weights.safetensors; transformers looks for model.safetensors or {INDEX}.",
+    )
     fill(tmp_path, "more.safetensors")
     assert "several sets of weights (more.safetensors and weights.safetensors)" in refusal(tmp_path)
 
@@ -157,6 +160,7 @@ def test_adapters(tmp_path):
         ('{"weight_map": {"a": "."}}', "is no regular file"),
         ('{"weight_map": {"a": "absent.safetensors"}}', "absent.safetensors cannot be read: No such file"),
         ('{"weight_map": ' + "[" * 100_000, "is nested too deep"),
+        ('{"weight_map": ' + "1" * 5000 + "}", f"{INDEX} cannot be read: Exceeds the limit"),
     ],
 )
 def test_indexes_that_are_none(tmp_path, text, said):
