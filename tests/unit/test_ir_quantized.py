@@ -14,6 +14,7 @@ from qwenspec.backend.package import linear_blocks, manifest
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Fp8Format, IntFormat, LmHead, Model, Source, WeightFormat
 from qwenspec.ir.quantized import INT8_PER_ROW, block_bytes, blocks, head_format, stored_tensors, weight_format
+from qwenspec.ir.shard import legal_degrees, obstacles
 from qwenspec.spec.quantization import Quantization
 
 FLOATS = ("F32", "F16", "BF16", "F64")
@@ -36,6 +37,13 @@ def quantized(folder: Path, architecture: dict[str, Any] | None = None, **fields
     [
         ({"scheme": "fp8_block"}, Fp8Format((128, 128), activations="dynamic")),
         ({"scheme": "fp8_block", "block": (64, 32), "activations": "none"}, Fp8Format((64, 32))),
+        ({"scheme": "fp8"}, Fp8Format((1, 0), "channel", "dynamic")),
+        ({"scheme": "fp8", "scales": "tensor", "activations": "static"}, Fp8Format((1, 0), "tensor", "static")),
+        ({"scheme": "pack_quantized", "bits": 4}, IntFormat("pack_quantized", 4, 128)),
+        (
+            {"scheme": "pack_quantized", "bits": 8, "group_size": -1, "sym": False, "desc_act": True},
+            IntFormat("pack_quantized", 8, None, zero_points=True, act_order=True),
+        ),
         ({"scheme": "awq"}, IntFormat("awq", 4, 128, zero_points=True)),
         ({"scheme": "gptq", "bits": 4}, IntFormat("gptq", 4, 128)),
         (
@@ -122,6 +130,22 @@ def test_stored_tensors() -> None:
         "weight": ((48, 80), ("F8_E4M3",), False),
         "weight_scale_inv": ((2, 2), FLOATS, False),
     }
+    assert stored(Fp8Format((1, 0), "channel", "dynamic"), 48, 80) == {
+        "weight": ((48, 80), ("F8_E4M3",), False),
+        "weight_scale": ((48, 1), FLOATS, False),
+    }
+    assert stored(Fp8Format((1, 0), "tensor", "static"), 48, 80) == {
+        "weight": ((48, 80), ("F8_E4M3",), False),
+        "weight_scale": ((1,), FLOATS, False),
+        "input_scale": ((1,), FLOATS, False),
+    }
+    assert stored(IntFormat("pack_quantized", 4, 32, zero_points=True), 45, 81) == {
+        "weight_packed": ((45, 11), words, False),
+        "weight_scale": ((45, 3), FLOATS, False),
+        "weight_shape": ((2,), ("I64",), False),
+        "weight_zero_point": ((6, 3), words, False),
+        "weight_g_idx": ((81,), words, True),
+    }
     assert stored(INT8_PER_ROW, 48, 80) == {
         "qweight": ((48, 80), ("I8",), False),
         "scales": ((48,), FLOATS, False),
@@ -146,6 +170,8 @@ def test_what_is_not_quantised_has_no_stored_tensors() -> None:
         (IntFormat("gptq", 8, None), 8, 64, 8 * 64 + 8 * 2),
         (IntFormat("gptq", 4, 32, zero_points=True, act_order=True), 8, 64, 8 * 32 + 8 * 2 * 3 + 64 * 4),
         (Fp8Format((4, 8)), 5, 9, 5 * 9 + 4 * 2 * 2),
+        (Fp8Format((1, 0), "tensor", "static"), 5, 9, 5 * 9 + 4 * 5 + 4),
+        (IntFormat("pack_quantized", 4, 32), 8, 64, 8 * 32 + 8 * 2 * 4),
     ],
 )
 def test_block_bytes(format: WeightFormat, rows: int, inputs: int, size: int) -> None:
@@ -177,6 +203,10 @@ PARTS = [(".q.weight", 48), (".k.weight", 24), (".v.weight", 24)]
         ({"scheme": "awq", "group_size": 8}, True),
         ({"scheme": "gptq", "bits": 4}, True),
         ({"scheme": "gptq", "bits": 4, "desc_act": True}, False),
+        ({"scheme": "pack_quantized", "bits": 4, "sym": False}, True),
+        ({"scheme": "pack_quantized", "bits": 4, "desc_act": True}, False),
+        ({"scheme": "fp8", "scales": "tensor"}, True),
+        ({"scheme": "fp8", "activations": "static"}, False),
         ({"scheme": "fp8_block", "block": (24, 32)}, True),
         ({"scheme": "fp8_block", "block": (48, 32)}, False),  # k's 24 rows are half a block
         ({"scheme": "fp8_block", "block": (7, 32)}, False),
@@ -305,3 +335,10 @@ def test_linear_blocks_are_of_what_lies_apart(tmp_path: Path) -> None:
         QKV: [("q", True), ("k", False), ("v", True)],
         "layers.2.mlp.down_proj": [("", False)],
     }
+
+
+def test_ranks_do_not_share_inputs_that_are_rounded_with_one_scale(tmp_path: Path) -> None:
+    tokens, stored = quantized(tmp_path, scheme="fp8"), quantized(tmp_path, scheme="fp8", activations="static")
+    assert legal_degrees(tokens) == (1,)
+    assert legal_degrees(stored) == legal_degrees(quantized(tmp_path, scheme="fp8", activations="none")) != (1,)
+    assert any("a token's inputs share a scale" in told.message for told in obstacles(tokens, 2))
