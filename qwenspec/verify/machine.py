@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from qwenspec.backend.runtime.machine import out_of_memory
 from qwenspec.verify.case import Case
 from qwenspec.verify.ledger import Ledger
 from qwenspec.verify.session import Disagreement, Session
@@ -17,6 +19,25 @@ MAX_LENGTH = 72  # of a sequence, in tokens, where nothing else is asked for
 MAX_TREE = 10
 PREFILLS: tuple[Method, ...] = ("batch_verify", "batch_prefill", "prefill")
 Tokens = dict[int, tuple[int, ...]]
+
+
+class OutOfMemory(BaseException):
+    """Ends a search at once: Hypothesis runs an Exception many times, to make it small."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+
+@contextmanager
+def unshrunk() -> Iterator[None]:
+    """No memory is the machine's trouble."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error):
+            raise OutOfMemory(error) from error
+        raise
 
 
 class Workload(RuleBasedStateMachine):
@@ -33,7 +54,8 @@ class Workload(RuleBasedStateMachine):
     def start(self, data: st.DataObject) -> None:
         self.case = data.draw(self.cases, "case")
         self.disagreed = False
-        self.session = Session(self.case, self.ledger)
+        with unshrunk():
+            self.session = Session(self.case, self.ledger)
         self.on_start(self.session)
         self.begin(data, self.case.sizes)
 
@@ -48,7 +70,11 @@ class Workload(RuleBasedStateMachine):
 
     def do(self, step: Any) -> bool:
         try:
-            return self.session.do(step)
+            with unshrunk():
+                return self.session.do(step)
+        except OutOfMemory:
+            self.disagreed = True
+            raise
         except Disagreement as disagreement:
             self.disagreed = True
             self.on_disagreement(disagreement)

@@ -14,7 +14,7 @@ from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case
 from qwenspec.verify.features import features
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.ledger import Ledger
-from qwenspec.verify.machine import MAX_LENGTH, workload
+from qwenspec.verify.machine import MAX_LENGTH, OutOfMemory, workload
 from qwenspec.verify.session import Disagreement, Session
 from qwenspec.verify.steps import CacheSizes
 
@@ -71,6 +71,8 @@ def search(
         run_state_machine_as_test(machine, settings=limits)
     except Disagreement as disagreement:
         return disagreement
+    except OutOfMemory as stop:
+        raise stop.error from None
     except Flaky:
         if not found:
             raise

@@ -110,16 +110,28 @@ def test_other_errors_are_about_us(capsys: pytest.CaptureFixture[str], error: Ex
 
 
 def test_a_contender_without_memory_does_not_disagree(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from qwenspec.verify.contenders import PackageContender
+    """And nothing is run again to make it small."""
+    from hypothesis import strategies as st
+
+    from qwenspec.spec.load import load
+    from qwenspec.verify.case import REFERENCE, Case
+    from qwenspec.verify.contenders import ReferenceContender
+    from qwenspec.verify.ledger import Ledger
+    from qwenspec.verify.search import search
+    from qwenspec.verify.steps import CacheSizes
+
+    tries = []
 
     def full(*_: object) -> None:
+        tries.append(True)
         raise RuntimeError(CPU)
 
-    monkeypatch.setattr(PackageContender, "do", full)
-    result = call("verify", spec, "--backend", "triton", "--dtype", "float32", "--examples", 1)
-    assert result.exit_code == 2
-    assert "error[out-of-memory]" in result.stderr
-    assert not Path("failures").exists()
+    monkeypatch.setattr(ReferenceContender, "do", full)
+    sizes = CacheSizes(page_size=4, pages=8, max_batch_size=2, chunk=8)
+    cases = st.just(Case(load(spec), 0, "float32", sizes, (REFERENCE,)))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        search(cases, st.just(sizes), examples=3, steps=3, seed=0, ledger=Ledger())
+    assert len(tries) == 1
 
 
 # -------------------------------------------------------------------------------------------------------- files
