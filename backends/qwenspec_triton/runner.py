@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from qwenspec.backend.adapter import PackageRunner
 from qwenspec.backend.api import Cache
+from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec_triton.taps import Recorder
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ class TritonRunner(PackageRunner):
             logits = self.model.batch_verify(self.model.embed(self._ids(ids)), cache)
         outputs = recorder.outputs | {"logits": logits[0]}
         return {name: self._numpy(output) for name, output in outputs.items()}
+
+    def _load(self, weights: Path, device: str, dtype: str | None) -> Any:
+        try:
+            return super()._load(weights, device, dtype)
+        except self.module.DeviceError as error:
+            raise SpecError([Diagnostic("no-device", str(error))]) from error
 
     def _ids(self, ids: Ints) -> Tensor:
         return torch.as_tensor(ids, device=self.model.device)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import re
@@ -38,13 +39,23 @@ class PackageBackend(ABC):
 
     def unavailable(self) -> Diagnostic | None:
         missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
-        if not missing:
-            return None
-        return Diagnostic(
-            "backend-missing",
-            f"the {self.name} backend cannot run here: {', '.join(missing)} not installed",
-            hint=f"pip install 'qwenspec[{self.name}]'",
-        )
+        if missing:
+            return Diagnostic(
+                "backend-missing",
+                f"the {self.name} backend cannot run here: {', '.join(missing)} not installed",
+                hint=f"pip install 'qwenspec[{self.name}]'",
+            )
+        for name in self.modules:
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # TVM's, for one, raises RuntimeError where a user has no home
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                return Diagnostic(
+                    "backend-missing",
+                    f"the {self.name} backend cannot run here: `import {name}` fails: {reason}",
+                    hint=f'see `python -c "import {name}"`',
+                )
+        return None
 
     @abstractmethod
     def emit(self, model: Model) -> dict[str, str]: ...

@@ -15,6 +15,8 @@ from qwenspec.spec.quantization import Awq, Gptq
 from qwenspec.spec.rope import Dynamic, DynamicQwen1, Llama3, LongRope, Ntk, Yarn
 from qwenspec.tree import Path_
 
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # normal numbers in float32
+
 
 @dataclass(frozen=True, slots=True)
 class Mistake:
@@ -147,6 +149,26 @@ def longrope_has_a_divisor_a_pair(spec: Spec) -> Iterator[Mistake]:
             if len(divisors) != pairs:
                 message = f"`{key}` has {len(divisors)} values; there are {pairs} rotating pairs in a head"
                 yield Mistake(_arch("rope", "scaling", key), message)
+
+
+@rule("norm-eps", "norm")
+def eps_is_a_normal_float32(spec: Spec) -> Iterator[Mistake]:
+    """What is smaller GPUs take for 0."""
+    eps = spec.architecture.norm.eps
+    if eps < SMALLEST:
+        message = f"`eps` is {eps:g}, and the smallest normal float32 number, as norms compute, is {SMALLEST:.3g}"
+        yield Mistake(_arch("norm", "eps"), message, "1e-6 is usual")
+
+
+@rule("rope-range", "rope")
+def frequencies_are_float32(spec: Spec) -> Iterator[Mistake]:
+    """A power of what is larger would be infinite even in float64."""
+    rope = spec.architecture.rope
+    numbers = {("theta",): rope.theta, ("scaling", "factor"): getattr(rope.scaling, "factor", 1.0)}
+    for place, value in numbers.items():
+        if value > LARGEST:
+            message = f"`{place[-1]}` is {value:g}, beyond float32, in which frequencies are: at most {LARGEST:.3g}"
+            yield Mistake(_arch("rope", *place), message)
 
 
 @rule("yarn-betas", "rope.scaling")

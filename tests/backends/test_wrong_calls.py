@@ -16,6 +16,7 @@ from hf_parity.oracle import QWEN3, Oracle, tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.registry import open_runner
 from qwenspec.backend.runtime.generation import NonFiniteError, check_chosen
+from qwenspec.diagnostics import SpecError
 
 VOCAB, HIDDEN, PROMPT, NEXT = 300, 48, [5, 6, 7], 9
 BACKENDS = ("triton", "tvm")
@@ -312,3 +313,21 @@ def test_what_not_finite_logits_may_mean() -> None:
 
 def part(runner: Any, name: str) -> Any:
     return importlib.import_module(f"{runner.module.__name__}.{name}")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("device", "dtype", "message"),
+    [
+        ("cuda:99", None, "'cuda:99': no such GPU is visible here: use device 'cpu'"),
+        ("foo", None, "'foo' is no "),
+        ("cpu", "fp8", "dtype 'fp8' is not one of float32, float16, bfloat16"),
+    ],
+)
+def test_devices_and_dtypes_that_are_not(
+    backend: str, device: str, dtype: str | None, message: str, runners: dict[str, Any], folder: Path
+) -> None:
+    """A SpecError, as docs/cli.md says."""
+    package = next((folder / backend).iterdir())
+    with pytest.raises(SpecError, match=f"^{re.escape(message)}"):
+        open_runner(package, folder, device, dtype)

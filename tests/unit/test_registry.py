@@ -88,3 +88,18 @@ def test_a_package_is_opened_by_the_backend_that_wrote_it(tmp_path: Path) -> Non
     runner = qwenspec.open_runner(package, tmp_path / "weights", dtype="float32")
     embeds = runner.embed(np.array([3, 1], np.int32))
     assert (embeds.shape, embeds.dtype) == ((1, 2, 32), np.float32)
+
+
+def test_a_backend_whose_library_fails_to_import_is_told_as_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TVM without a home to keep its files in; the others are shown."""
+
+    def fail(name: str) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    backend = registry.find("tvm")
+    monkeypatch.setattr("qwenspec.backend.adapter.importlib.import_module", fail)
+    problem = backend.unavailable()
+    assert problem is not None
+    assert problem.message == (
+        "the tvm backend cannot run here: `import tvm` fails: Could not determine home directory."
+    )

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+import torch
+
+from qwenspec.backend.runtime.checks import check_embeds, check_integers
+from qwenspec.backend.runtime.generation import NonFiniteError, check_chosen, check_prompts
 from qwenspec.backend.runtime.sequences import MAX_TREE_SIZE, OutOfPages, Sequences, Tree
 
 
@@ -121,3 +126,63 @@ def test_rope_lengths_with_a_first_forward_that_chooses_for_good() -> None:
     opened = sequences.begin_forward([0], [4], [-1, 0, 0, 1])
     assert opened.positions() == [0, 1, 1, 2]
     assert opened.rope_lengths() == [3, 3, 3, 3]
+
+
+def test_a_forward_is_begun_once_and_cancelled_without_a_trace() -> None:
+    """Here the first forward has chosen the frequencies of sequence 1."""
+    sequences = made()
+    sequences.add(1)
+    sequences.begin_forward([0, 1], [3, 2], [-1, 0, 0, -1, 0])
+    with pytest.raises(RuntimeError, match="a forward is open already: call end_forward .* or cancel_forward"):
+        sequences.begin_forward([0], [1])
+    for sequence in (0, 1):
+        with pytest.raises(RuntimeError, match="part of the open forward"):
+            sequences.remove(sequence)
+    for _ in range(2):  # of none that is open, it does nothing
+        sequences.cancel_forward()
+        assert (sequences.length(0), sequences.length(1), sequences.free_pages) == (6, 0, 4)
+        assert (sequences.forward, sequences.waiting) == (None, [])
+    assert sequences.begin_forward([1], [1]).rope_lengths() == [1]
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("size", [0, -1, 1.5, "4", None, True])
+def test_sizes_are_integers_from_1_on(place: int, size: Any) -> None:
+    sizes = [4, 64, 16, 4]
+    sizes[place] = size
+    with pytest.raises(ValueError, match=r"should be an integer of at least 1$"):
+        Sequences(*sizes)
+
+
+def test_token_ids_are_read_as_they_are() -> None:
+    good = torch.tensor([0, 9])
+    for ids in (good, good.int()):
+        check_integers(ids, "ids", 10)
+    for ids in (good.bool(), good.float(), good.byte(), good[:0], good[None]):
+        with pytest.raises(ValueError, match="ids are int32 or int64"):
+            check_integers(ids, "ids", 10)
+    for wrong in (-1, 10, 2**32 + 1):
+        with pytest.raises(ValueError, match=f"ids: {wrong} is not in 0 … 9"):
+            check_integers(torch.tensor([3, wrong]), "ids", 10)
+
+
+def test_embeds_have_the_shape_that_a_method_takes() -> None:
+    check_embeds(torch.zeros(1, 3, 8), 1, None, 8)
+    for shape in ((3, 8), (1, 3, 7), (2, 3, 8), (1, 0, 8)):
+        with pytest.raises(ValueError, match=r"and this method takes \[1, n, 8\]"):
+            check_embeds(torch.zeros(shape), 1, None, 8)
+
+
+def test_prompts_and_chosen_tokens() -> None:
+    check_prompts([[1, 2], [3]], 4)
+    for prompts, message in (
+        ([], "needs a token"),
+        ([[1], []], "needs a token"),
+        ([[4]], "outside"),
+        ([[1.0]], "is 1.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check_prompts(prompts, 4)
+    check_chosen([0, 1], [0, 1], "float16")
+    with pytest.raises(NonFiniteError, match="^the logits of prompt 2 are NaN or infinite.*65504"):
+        check_chosen([0, -1], [0, 2], "float16")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ir_specs import make_spec
 
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, nearest, render
 from qwenspec.spec.checkpoint import builtin_layouts
@@ -476,4 +478,20 @@ def test_a_name_that_no_file_has_is_told_where_it_stands(tmp_path: Path) -> None
     with pytest.raises(SpecError) as caught:
         load(tmp_path / "spec.yaml")
     (diagnostic,) = caught.value.diagnostics
-    assert (diagnostic.code, diagnostic.location and diagnostic.location.line) == ("unreadable-file", 3)
+    assert (diagnostic.code, diagnostic.location and diagnostic.location.line) == ("unprintable-path", 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        ({"norm": {"eps": 1e-320}}, "norm-eps", "the smallest normal float32 number"),
+        ({"rope": {"theta": 1e300}}, "rope-range", "`theta` is 1e+300, beyond float32"),
+        ({"rope": {"theta": 1e4, "scaling": {"kind": "ntk", "factor": 1e308}}}, "rope-range", "`factor` is 1e+308"),
+    ],
+)
+def test_numbers_beyond_float32(changes: dict[str, Any], code: str, words: str, tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=re.escape(words)) as caught:
+        make_spec(tmp_path, **changes)
+    (problem,) = caught.value.diagnostics
+    assert problem.code == code
+    assert problem.location is not None

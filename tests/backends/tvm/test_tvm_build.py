@@ -104,6 +104,38 @@ def logits(model: Any, ids: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------------------- targets
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ('{"kind": "llvm", "mtriple": "xx-yy"}', "LLVM knows no machine 'xx-yy': a triple is like '"),
+        (
+            '{"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mattr": ["+zzz", "+avx2"]}',
+            "no feature zzz of x86_64-linux",
+        ),
+        (
+            '{"kind": "llvm", "mtriple": "aarch64-linux-gnu", "mattr": ["-avx2"]}',
+            "no feature avx2 of aarch64-linux-gnu",
+        ),
+        ("cuda:sm_1", "'sm_1' is no architecture of a GPU"),
+        ('{"kind": "cuda", "arch": "fermi"}', "'fermi' is no architecture of a GPU"),
+    ],
+)
+def test_machines_that_are_not_are_refused(name: str, message: str, targets: ModuleType) -> None:
+    """LLVM itself would end the process, or go on without what it does not know."""
+    with pytest.raises(targets.BuildError, match=message):
+        targets.find_target(name)
+
+
+def test_machines_that_are(targets: ModuleType) -> None:
+    for triple in ("x86_64-linux-gnu", "aarch64-linux-gnu", "arm64-apple-macos", "riscv64-linux-gnu", "i686-linux-gnu"):
+        assert targets.find_target(json.dumps({"kind": "llvm", "mtriple": triple})).kind.name == "llvm"
+    mattr = ["+avx2", "-avx512f"]
+    found = targets.find_target(json.dumps({"kind": "llvm", "mtriple": "x86_64-linux-gnu", "mattr": mattr}))
+    assert list(found.attrs["mattr"]) == mattr
+    for arch in ("sm_80", "sm_90a", "sm_120"):
+        assert targets.find_target(f"cuda:{arch}").attrs["arch"] == arch
+
+
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", "vulkan", "{", '{"kind": "llvm", "nope": 1}', '{"mcpu": "znver3"}'])
 def test_an_unknown_target_is_told_what_is_known(targets: ModuleType, name: str) -> None:
     with pytest.raises(targets.BuildError, match=r'known are "cpu", "cuda", .*"cuda:sm_90".*target JSON'):
@@ -122,9 +154,10 @@ def test_targets_are_found_by_name(targets: ModuleType) -> None:
     assert targets.find_target('{"kind": "cuda"}').host.kind.name == "llvm"
     assert targets.find_target('{"kind": "llvm", "mcpu": "x86-64-v3"}').attrs["mcpu"] == "x86-64-v3"
     if not tvm.cuda().exist:
-        assert targets.find_target("cuda").attrs["arch"] == "sm_90"
-        with pytest.raises(targets.BuildError, match="no such GPU"):
-            targets.find_device("cuda")
+        for name in ("cuda", "cuda:1", "cuda:99"):
+            for find in (targets.find_target, targets.find_device):
+                with pytest.raises(targets.BuildError, match=r"no such GPU .*name the architecture: cuda:sm_90"):
+                    find(name)
 
 
 @pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="Linux tells what the CPU can do")
