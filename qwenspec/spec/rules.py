@@ -164,9 +164,9 @@ def eps_is_a_normal_float32(spec: Spec) -> Iterator[Mistake]:
 def frequencies_are_float32(spec: Spec) -> Iterator[Mistake]:
     """A power of what is larger would be infinite even in float64."""
     rope = spec.architecture.rope
-    numbers = {("theta",): rope.theta, ("scaling", "factor"): getattr(rope.scaling, "factor", 1.0)}
+    numbers = {("theta",): rope.theta, ("scaling", "factor"): getattr(rope.scaling, "factor", None)}
     for place, value in numbers.items():
-        if value > LARGEST:
+        if value is not None and value > LARGEST:
             message = f"`{place[-1]}` is {value:g}, beyond float32, in which frequencies are: at most {LARGEST:.3g}"
             yield Mistake(_arch("rope", *place), message)
 
