@@ -15,7 +15,7 @@ from .checks import check_cache, check_embeds, check_integers
 from .config import Config
 from .graphs import DecodeGraphs
 from .layers import DecoderLayer, Linear, RMSNorm
-from .parallel import gather_logits, lookup, own_device
+from .parallel import gather_logits, lookup, own_device, own_dtype
 from .ranks import Ranks, join, together
 from .rope import cos_sin, inverse_frequencies
 from .weights import load_weights
@@ -41,11 +41,13 @@ class Model(nn.Module):
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu", dtype: str | None = None) -> "Model":
-        """A Hugging Face checkpoint folder, in the model's dtype or another; of several ranks, each loads its share."""
+        """A Hugging Face checkpoint folder, in the model's dtype or another; of several ranks, each loads its share.
+
+        Raises CheckpointError, DeviceError for a device or dtype that cannot be used, or RankError."""
         config = Config()
         dtype = dtype or config.dtype
         ranks = join(device, dtype=dtype)
-        model = cls(config, getattr(torch, dtype), own_device(device, ranks), ranks)
+        model = cls(config, own_dtype(dtype), own_device(device, ranks), ranks)
         together(ranks, lambda: load_weights(model, folder, model.device, ranks))
         return model.eval()
 

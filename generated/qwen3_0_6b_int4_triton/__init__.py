@@ -8,6 +8,7 @@ from .config import Config
 from .generate import generate
 from .generation import NonFiniteError, Sampling, Token
 from .model import Model
+from .parallel import DeviceError
 from .ranks import RankError, Ranks
 from .sequences import OutOfPages
 from .text import Text, TextError
@@ -17,6 +18,7 @@ __all__ = [
     "Batch",
     "CheckpointError",
     "Config",
+    "DeviceError",
     "Model",
     "NonFiniteError",
     "OutOfPages",

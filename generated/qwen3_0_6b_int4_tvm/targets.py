@@ -45,13 +45,14 @@ class BuildError(RuntimeError):
 def find_target(name: str) -> Target:
     """The target that a name stands for.
 
-    name: "cpu" or "llvm", this machine's CPU; "cuda" or "cuda:1", that GPU, or DEFAULT_ARCH where there is none;
-        "cuda:sm_80", an architecture; a tag of TVM's; or TVM's JSON
+    name: "cpu" or "llvm", this machine's CPU; "cuda" or "cuda:1", that GPU; "cuda:sm_80", an architecture; a tag of
+        TVM's; or TVM's JSON
+    Raises BuildError, for a GPU that is not here too.
     """
     if name in ("cpu", "llvm"):
         return host_target()
-    if cuda := re.fullmatch(r"cuda(?::(\d+)|:(sm_\d+a?))?", name):
-        return _cuda_target({"kind": "cuda", "arch": cuda[2] or _arch(int(cuda[1] or 0))})
+    if cuda := re.fullmatch(r"cuda(?::(\d+)|:(sm_\w+))?", name):
+        return _cuda_target({"kind": "cuda", "arch": cuda[2]}) if cuda[2] else _cuda_target({"kind": "cuda"}, name)
     try:
         config = json.loads(name) if name.startswith("{") else dict(Target(name).export())
         kind = config.get("kind")
@@ -68,10 +69,18 @@ def find_device(name: str) -> Device:
     """The device that runs a target of this name: its own, or the first of its kind."""
     if find_target(name).kind.name == "llvm":
         return tvm.cpu()
+    return find_gpu(name)
+
+
+def find_gpu(name: str) -> Device:
+    """The GPU that "cuda:1" names; the first, for other names. Raises BuildError where it is not here."""
     index = re.fullmatch(r"cuda:(\d+)", name)
     device = tvm.cuda(int(index[1]) if index else 0)
     if not device.exist:
-        raise BuildError(f"{name!r}: no such GPU is visible here: use device 'cpu', or check nvidia-smi")
+        raise BuildError(
+            f"{name!r}: no such GPU is visible here: use device 'cpu', check nvidia-smi, or, to build for another "
+            "machine, name the architecture: cuda:sm_90"
+        )
     return device
 
 
@@ -107,23 +116,38 @@ def features(target: Target) -> list[str]:
 
 def _llvm_target(config: dict[str, Any]) -> Target:
     cpu, triple = config.get("mcpu"), config.get("mtriple") or codegen.llvm_get_system_triple()
-    # Checked here: TVM itself prints a line and goes on with a generic CPU.
+    # Checked here: TVM itself ends the process over a triple that LLVM does not know, and of a CPU or a feature prints
+    # a line and goes on without.
+    if not _known_triple(triple):
+        raise BuildError(f"LLVM knows no machine {triple!r}: a triple is like {codegen.llvm_get_system_triple()!r}")
     if cpu and cpu not in codegen.llvm_get_cpu_archlist(Target({"kind": "llvm", "mtriple": triple})):
         raise BuildError(
             f"LLVM knows no CPU {cpu!r} of {triple}; this machine's is {codegen.llvm_get_system_cpu()!r}, and "
             "tvm.target.codegen.llvm_get_cpu_archlist() lists all"
         )
-    return Target(config)
+    target = Target(config)
+    names = {feature.lstrip("+-") for feature in config.get("mattr") or ()}
+    asked = Target({"kind": "llvm", "mtriple": triple, "mattr": [f"+{name}" for name in sorted(names)]})
+    if unknown := sorted(names - set(codegen.llvm_get_cpu_features(asked))):
+        raise BuildError(f"LLVM knows no feature {', '.join(unknown)} of {triple}: mattr is a list like ['+avx2']")
+    return target
 
 
-def _cuda_target(config: dict[str, Any]) -> Target:
+def _known_triple(triple: str) -> bool:
+    architecture = str(triple).split("-")[0]
+    spelled = re.fullmatch(r"i[3-6]86|amd64|arm64|(arm|thumb)v[5-9]\w*|ppc(64)?(le)?", architecture)
+    return bool(spelled) or architecture in codegen.llvm_get_targets()
+
+
+def _cuda_target(config: dict[str, Any], gpu: str = "") -> Target:
+    """gpu: the name of the one whose architecture it is, where the config has none."""
+    if gpu:
+        config = {**config, "arch": "sm_" + str(find_gpu(gpu).compute_version).replace(".", "")}
+    arch = str(config.get("arch", DEFAULT_ARCH))
+    if not re.fullmatch(r"sm_([5-9]\d|1\d\d)[af]?", arch):
+        raise BuildError(f"{arch!r} is no architecture of a GPU that this package has kernels for: they are like sm_90")
     # The host's part only launches kernels: compiled for any CPU of this architecture.
     return Target({"arch": DEFAULT_ARCH, **CUDA, "host": {"kind": "llvm"}, **config})
-
-
-def _arch(index: int) -> str:
-    device = tvm.cuda(index)
-    return "sm_" + device.compute_version.replace(".", "") if device.exist else DEFAULT_ARCH
 
 
 def _is_x86(target: Target) -> bool:

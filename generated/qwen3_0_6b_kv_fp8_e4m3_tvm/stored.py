@@ -94,12 +94,15 @@ def read_text(file: Path) -> str:
 
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError, which names the file."""
+    text = read_text(file)
     try:
-        content = json.loads(read_text(file))
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise CheckpointError(f"{file}:{error.lineno}:{error.colno} is not valid JSON: {error.msg}") from error
     except RecursionError:
         raise CheckpointError(f"{file} is nested too deep") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise CheckpointError(f"{file} cannot be read: {error}") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds no JSON object")
     return content
@@ -124,7 +127,8 @@ def choose_files(folder: Path) -> Files:
         indexed = _read_index(folder / INDEX)
         chosen, what = sorted(set(indexed.values())), INDEX
     else:
-        chosen, what = _only_set(folder, names, [name for name in present if name != ADAPTER]), _few(present)
+        chosen = _only_set(folder, names, [name for name in present if name != ADAPTER])
+        what = _few(chosen)
     notes = list(_notes(what, names, [name for name in present if name not in chosen]))
     return Files(
         tuple(folder / name for name in chosen),
@@ -179,21 +183,22 @@ def _held_instead(names: Sequence[str]) -> str:
 
 def _notes(what: str, names: Sequence[str], left: Sequence[str]) -> Iterator[str]:
     """What a person should know of the choice. what: the file that decided it; left: safetensors that are not read."""
-    if left:
+    if what not in (SINGLE, INDEX):
+        yield f"The checkpoint is taken to be {what}; transformers looks for {SINGLE} or {INDEX}."
+    elif left:
         verb = "is" if len(left) == 1 else "are"
         yield f"{_few(left)} {verb} not read: the checkpoint is {what}, as for transformers."
     if what == SINGLE and INDEX in names:
         yield f"{INDEX} is not read: {SINGLE} comes first, as for transformers."
-    if what not in (SINGLE, INDEX):
-        yield f"The checkpoint is taken to be {what}; transformers looks for {SINGLE} or {INDEX}."
     if ADAPTER_CONFIG in names:
         yield f"The adapter of {ADAPTER_CONFIG} is not applied; transformers applies it where peft is installed."
 
 
 def _few(words: Sequence[str]) -> str:
     """Some of them, in a sentence."""
-    shown = [*words[:3], f"{len(words) - 3:,} more"] if len(words) > 4 else list(words)
-    return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
+    some = [shown(word) for word in (words[:3] if len(words) > 4 else words)]
+    some += [f"{len(words) - 3:,} more"] if len(words) > 4 else []
+    return " and ".join([", ".join(some[:-1]), some[-1]] if len(some) > 1 else some)
 
 
 # ------------------------------------------------------------------------------------------ what they hold

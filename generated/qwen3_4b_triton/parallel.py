@@ -11,12 +11,36 @@ from torch import Tensor
 
 from .ranks import Ranks
 
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+class DeviceError(ValueError):
+    """The model cannot be on a device, or in a dtype; the message says what can be."""
+
 
 def own_device(device: str, ranks: Ranks) -> torch.device:
-    """Where a rank computes: of several on "cuda", each on the GPU that has its number on the machine."""
+    """Where a rank computes: of several on "cuda", each on the GPU that has its number on the machine.
+
+    Raises DeviceError."""
     if ranks.size > 1 and device == "cuda":
         return torch.device("cuda", ranks.local_rank)
-    return torch.device(device)
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise DeviceError(f"{device!r} is no device of this package: name cpu, cuda, or cuda:1 for a second GPU")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"{device!r}: no such GPU is visible here: use device 'cpu', or check nvidia-smi")
+    return found
+
+
+def own_dtype(dtype: str) -> torch.dtype:
+    """Raises DeviceError for what no kernel computes in."""
+    if dtype not in DTYPES:
+        raise DeviceError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def all_reduce(x: Tensor, ranks: Ranks) -> Tensor:

@@ -10,11 +10,8 @@ each reads what it has of the matrix; where it has fewer rows or columns than ro
 
 from __future__ import annotations
 
-import functools
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -163,8 +160,7 @@ def read_raw(stored: dict[str, Stored], name: str, *index: slice) -> np.ndarray:
 
     Mapped for as long as the result lives: safetensors has no float8 for numpy, and reads whole rows alone."""
     found = stored[name]
-    start = _offsets(found.file, found.file.stat().st_mtime_ns)[name]
-    return np.memmap(found.file, DTYPES[found.dtype], "r", start, found.shape)[index]
+    return np.memmap(found.file, DTYPES[found.dtype], "r", found.start, found.shape)[index]
 
 
 def _blocks(span: slice, size: int) -> slice:
@@ -177,12 +173,3 @@ def _floats(array: np.ndarray) -> np.ndarray:
     if array.dtype == np.uint16:
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
-
-
-@functools.cache
-def _offsets(file: Path, written: int) -> dict[str, int]:
-    """Where each tensor of a safetensors file begins. `written`: when, for another may take its place."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
-    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}

@@ -47,6 +47,9 @@ class Cache(Protocol):
 
     def end_forward(self) -> None: ...
 
+    def cancel_forward(self) -> None:
+        """Close the open forward, if there is one, as if it had not been begun: its new tokens are taken back."""
+
     @property
     def free_pages(self) -> int:
         """Pages that no sequence holds."""

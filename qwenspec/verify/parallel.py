@@ -109,6 +109,9 @@ class ParallelCache:
     def end_forward(self) -> None:
         self._all("end_forward")
 
+    def cancel_forward(self) -> None:
+        self._all("cancel_forward")
+
     @property
     def free_pages(self) -> int:
         pages: int = self.on_ranks(getattr, "free_pages")

@@ -218,7 +218,7 @@ TROUBLE_MUTANTS = (
         tests=INTERRUPTED,
     ),
     Mutant(
-        "finished_before_it_is_written",
+        "state_removed_before_it_has_its_name",
         PARTIAL,
         "        self.folder.replace(self.out)\n",
         "        (self.folder / STATE).unlink()\n        self.folder.replace(self.out)\n",

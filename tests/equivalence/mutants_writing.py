@@ -71,7 +71,7 @@ WRITING_MUTANTS = (
     Mutant(
         "unprintable_path_of_a_base",
         "qwenspec/spec/files.py",
-        "        _refuse_unprintable(name, wanted_by)\n",
+        "        source.refuse_unprintable(name, wanted_by or Location(name, 0, 0))\n",
         "",
         "`extends` with a NUL is a ValueError",
         tests=OF_TEXT,
@@ -125,7 +125,7 @@ WRITING_MUTANTS = (
         tests=OF_FOLDERS,
     ),
     Mutant(
-        "fifo_opened",
+        "fifo_in_the_package_opened",
         FOLDER,
         "    if not stat.S_ISREG(os.lstat(file).st_mode):\n",
         "    if stat.S_ISDIR(os.lstat(file).st_mode):\n",

@@ -133,7 +133,7 @@ def test_a_forward_is_begun_once_and_cancelled_without_a_trace() -> None:
     sequences = made()
     sequences.add(1)
     sequences.begin_forward([0, 1], [3, 2], [-1, 0, 0, -1, 0])
-    with pytest.raises(RuntimeError, match="a forward is open already: call end_forward .* or cancel_forward"):
+    with pytest.raises(RuntimeError, match=r"a forward is open already: call end_forward .* or cancel_forward"):
         sequences.begin_forward([0], [1])
     for sequence in (0, 1):
         with pytest.raises(RuntimeError, match="part of the open forward"):
@@ -184,5 +184,5 @@ def test_prompts_and_chosen_tokens() -> None:
         with pytest.raises(ValueError, match=message):
             check_prompts(prompts, 4)
     check_chosen([0, 1], [0, 1], "float16")
-    with pytest.raises(NonFiniteError, match="^the logits of prompt 2 are NaN or infinite.*65504"):
+    with pytest.raises(NonFiniteError, match=r"^the logits of prompt 2 are NaN or infinite.*65504"):
         check_chosen([0, -1], [0, 2], "float16")

@@ -23,7 +23,7 @@ logging.set_verbosity_error()
 
 TEXTS = (
     "<|im_start|>user\nsort 5 8 1 3 9 8<|im_end|>\n<|im_start|>assistant\n",
-    "sort <tool> 5 <img> <extra>x<bos>",
+    "sort <tool> 5 <img> <extra>x<bos><late>",
     "  two  spaces\r\n\r\n\tand it's 1234",
     "naïve e\u0301 雪 ½ \u200d <|endoftext|>",
 )
@@ -46,6 +46,7 @@ BY_ID = {
     "2": token("<|im_end|>", special=True),
     "379": token("<img>", special=True, lstrip=True, rstrip=True),
     "380": token("<tool>", special=False),
+    "1000": token("<late>", special=False),
 }
 FILES: dict[str, dict[str, Any]] = {
     "plain": {},
