@@ -231,7 +231,7 @@ DOOR_MUTANTS = (
         tests=DISK,
     ),
     Mutant(
-        "finished_before_it_is_written",
+        "lines_of_lost_bytes_are_believed",
         PARTIAL,
         "            if tensor in whole:\n                self.finished[tensor] = error\n",
         "            self.finished[tensor] = error\n",
