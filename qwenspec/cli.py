@@ -350,8 +350,8 @@ def run(
     from qwenspec.commands.specs import pick, weights_of
 
     picked = pick(spec, variant)
+    folder = weights_of(spec, weights)
     options = {
-        "weights": weights_of(spec, weights),
         "max-tokens": max_tokens,
         "temperature": temperature,
         "top-k": top_k,
@@ -370,9 +370,9 @@ def run(
     }
     arguments = execute.arguments(options)
     if tp == 1:
-        execute.run(picked, backend, device, arguments)
+        execute.run(picked, backend, folder, device, arguments)
     else:
-        execute.run_ranks(picked, backend, device, arguments, tp)
+        execute.run_ranks(picked, backend, folder, device, arguments, tp)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from qwenspec.diagnostics import SpecError, listed
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.ir.quantized import blocks, stored_tensors
+from qwenspec.spec.document import Spec
 from qwenspec.spec.load import load_all
 
 MOST = 200  # variants that are tried
@@ -56,6 +57,15 @@ def way_out(file: str | Path, folder: Path) -> str:
     if names := fitting_variants(file, folder):
         return f"it is the checkpoint of {listed(names)} in {file}: choose with --variant"
     return "`qwenspec import` makes the spec of a checkpoint"
+
+
+def way_out_if_unfit(spec: Spec, folder: Path) -> str:
+    """The same, for a checkpoint that can be read and is not that of `spec`; empty for any other."""
+    try:
+        stored = read_headers(choose_files(folder).files)
+    except CheckpointError:
+        return ""
+    return way_out(spec.file, folder) if problems(lower(spec), stored) else ""
 
 
 def problems(model: Model, stored: Mapping[str, Stored]) -> list[str]:

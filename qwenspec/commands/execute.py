@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.emit import emit
+from qwenspec.backend.fitting import way_out_if_unfit
 from qwenspec.backend.registry import find, open_runner
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
@@ -28,22 +29,25 @@ Data = dict[str, Any]
 TOP = 5  # tokens that `logits` shows of a position
 
 
-def run(spec: Spec, backend: str, device: str | None, arguments: Sequence[str]) -> None:
-    """`python -m <package> arguments`, in this process. Ends it with SystemExit, as that does."""
+def run(spec: Spec, backend: str, weights: Path, device: str | None, arguments: Sequence[str]) -> None:
+    """`python -m <package> --weights weights arguments`, in this process. Ends it with SystemExit, as that does."""
     if importlib.util.find_spec("tokenizers") is None:
         raise _missing("text needs tokenizers, which is not installed", "run")
-    with _package(spec, backend, device) as package:
+    with _package(spec, backend, device) as package, _way_out(spec, weights):
         sys.path.insert(0, str(package.parent))
-        sys.argv = ["qwenspec run", *arguments]
+        sys.argv = ["qwenspec run", f"--weights={weights}", *arguments]
         runpy.run_module(package.name, run_name="__main__")
 
 
-def run_ranks(spec: Spec, backend: str, device: str | None, arguments: Sequence[str], degree: int) -> None:
+def run_ranks(
+    spec: Spec, backend: str, weights: Path, device: str | None, arguments: Sequence[str], degree: int
+) -> None:
     """The same by `degree` processes that share the model. Ends this one with SystemExit too."""
     plan(lower(spec), degree)  # raises where so many cannot
     _check_ranks(backend, device, degree)
-    with _package(spec, backend, device) as package:
-        command = [sys.executable, "-P", "-m", "qwenspec.commands.launch", str(degree), str(package), *arguments]
+    with _package(spec, backend, device) as package, _way_out(spec, weights):
+        command = [sys.executable, "-P", "-m", "qwenspec.commands.launch", str(degree), str(package)]
+        command += [f"--weights={weights}", *arguments]
         # In a session of its own: Ctrl-C is for this process, which ends the others.
         launcher = subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
@@ -133,6 +137,18 @@ def _package(spec: Spec, backend: str, device: str | None) -> Iterator[Path]:
         raise SpecError([Diagnostic("no-device", message, hint=f"use {listed(usable)}")])
     with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
         yield emit(spec, backend, folder)
+
+
+@contextmanager
+def _way_out(spec: Spec, weights: Path) -> Iterator[None]:
+    """A package that ends because of its checkpoint says what is wrong with that; say what can be done, which takes the
+    spec's file."""
+    try:
+        yield
+    except SystemExit as end:
+        if end.code == ExitCode.USAGE and (hint := way_out_if_unfit(spec, weights)):
+            console.note(f"  = help: {hint}")
+        raise
 
 
 def _check_ranks(backend: str, device: str | None, degree: int) -> None:

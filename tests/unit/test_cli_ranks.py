@@ -35,7 +35,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
 
 
 def run(spec: Path, *arguments: str) -> tuple[int, str]:
-    result = call("run", spec, "--weights", spec.parent / "nowhere", "--prompt", "C", *arguments)
+    result = call("run", spec, "--weights", spec.parent, "--prompt", "C", *arguments)
     assert result.stdout == ""
     return result.exit_code, result.stderr
 

@@ -104,10 +104,26 @@ def test_a_checkpoint_that_does_not_fit(backend: str, folder: Path) -> None:
     assert (other.exit_code, other.stdout) == (2, "")
     assert "model.layers.0.mlp.down_proj.weight" in other.stderr
     assert "compiling" not in other.stderr
+    assert other.stderr.endswith("\n  = help: `qwenspec import` makes the spec of a checkpoint\n")
     shown = call("logits", wide, *options, "--ids", "1")
     assert (shown.exit_code, shown.stdout) == (2, "")
     assert "error[checkpoint]" in shown.stderr
     assert "model.layers.0.mlp.down_proj.weight" in shown.stderr
+
+
+@pytest.mark.parametrize("tp", ["1", "2"])
+def test_a_checkpoint_of_another_variant(tp: str, folder: Path) -> None:
+    """The package says what does not fit, and the command what does."""
+    forget()
+    file = folder / "tiny.yaml"
+    options = ["--backend", "triton", "--weights", folder / "weights", "--device", "cpu", "--tp", tp]
+    other = call("run", file, *options, "--variant", "tiny-int8", "--prompt", "C")
+    assert (other.exit_code, other.stdout) == (2, "")
+    fits = f"`tiny` or `tiny-tied` in {file}"  # one may hold the head that the other does not need
+    assert other.stderr.endswith(f"  = help: it is the checkpoint of {fits}: choose with --variant\n")
+    none = call("run", file, *options, "--prompt", "")
+    assert (none.exit_code, none.stdout) == (2, "")
+    assert "help" not in none.stderr  # the checkpoint is not what is wrong
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
