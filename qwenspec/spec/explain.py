@@ -132,6 +132,10 @@ def _diagnose(kind: str, at: _At, root: Node) -> Diagnostic:
     if kind == "union_tag_invalid" and isinstance(at.node, Mapping):
         return _not_allowed(at, root)
     node = at.node
+    if kind == "finite_number":
+        return Diagnostic(
+            "out-of-range", f"{_subject(at.path)} must be finite; found {found(node)}", place(root, at.path)
+        )
     a_word = isinstance(node, Scalar) and isinstance(node.value, str)
     if kind == "literal_error" or (a_word and literals(at.choices)):
         code = "not-allowed"
