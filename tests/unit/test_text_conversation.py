@@ -278,3 +278,20 @@ def test_a_terminal_that_lacks_a_character(
     model.script = {0: ids("é雪")}
     assert part(package, "__main__").main() == 0
     assert written.getvalue() == b"\xe9?\n"
+
+
+@pytest.mark.parametrize("backend", ["triton", "tvm"])
+def test_an_embedding_that_is_not_finite(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    package = emitted(backend, tmp_path, "  lm_head: null\n  embedding: {normalize: true}\n")
+    model = Scripted(backend, {})
+    monkeypatch.setattr(package.Model, "load", lambda *_: model)
+    vectors = iter([[0.6, 0.8], [0.6, float("nan")], [0.6, 0.8], [float("-inf"), 0.0]])
+    monkeypatch.setattr(model, "prefill", lambda *_: model.array([[next(vectors)]]), raising=False)
+    monkeypatch.setattr(sys, "argv", ["package", "--weights", str(TINY), "--device", "cpu", *["--prompt", "x"] * 2])
+    for _ in range(2):
+        assert part(package, "__main__").main() == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert told.err.startswith("error: the embedding of prompt 1 is NaN or infinite: float16 ends at 65504")

@@ -19,8 +19,9 @@ from qwenspec.backend.load import import_package
 VOCABULARY = 400
 
 
-def emitted(backend: str, folder: Path) -> ModuleType:
-    (folder / "tiny.yaml").write_text(TINY)
+def emitted(backend: str, folder: Path, more: str = "") -> ModuleType:
+    """The package of TINY, with further lines of its architecture."""
+    (folder / "tiny.yaml").write_text(TINY.replace("variants:", f"{more}variants:", 1))
     return import_package(qwenspec.emit(qwenspec.load(folder / "tiny.yaml"), backend, folder / backend))
 
 
@@ -58,6 +59,7 @@ class Scripted:
         self.torch = backend == "triton"
         self.script = script
         self.config = SimpleNamespace(vocab_size=VOCABULARY, hidden_size=1, max_position_embeddings=512)
+        self.dtype = "float32"
         self.device = torch.device("cpu")
         self.ranks = SimpleNamespace(rank=0, size=1)
         self.prompts: list[list[int]] = []  # of every prefill
@@ -85,6 +87,11 @@ class Scripted:
             rows[row, told[step] if step < len(told) else 0] = 1.0
             self.steps[number] += 1
         found = rows[None] if axis == 0 else rows[:, None]
+        return self.array(found)
+
+    def array(self, values: Any) -> Any:
+        """As the backend's methods return it."""
+        found = torch.as_tensor(values)
         return found if self.torch else SimpleNamespace(numpy=found.numpy)
 
 
