@@ -18,7 +18,7 @@ from qwenspec.diagnostics import SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import legal_degrees, plan
 from qwenspec.spec.document import Spec
-from qwenspec.spec.quantization import Fp8Block
+from qwenspec.spec.quantization import Fp8, Fp8Block
 from qwenspec.verify.dequantize import Dequantized
 from qwenspec.verify.reference import Reference
 from qwenspec.verify.strategies import specs
@@ -62,7 +62,7 @@ def test_ranks_together_are_the_reference(spec: Spec, seed: int, length: int) ->
 @given(specs(quantizations=list(QUANTIZATIONS)), seeds, lengths)
 def test_ranks_share_what_groups_and_blocks_allow(spec: Spec, seed: int, length: int) -> None:
     """Of weights as they are once they are dequantised: the MLP's width is padded to whole groups."""
-    if isinstance(spec.quantization, Fp8Block):  # the program does not say how activations are rounded
+    if isinstance(spec.quantization, Fp8 | Fp8Block):  # the program does not say how activations are rounded
         spec = spec.model_copy(update={"quantization": spec.quantization.model_copy(update={"activations": "none"})})
     legal = legal_degrees(lower(spec))
     event(f"{max(legal)} ranks at most")
