@@ -51,6 +51,21 @@ HEAD = 151936 * 1024
             2 * HEAD,
         ),
         ("{scheme: fp8_block}", VALUES + 4 * VALUES // 128**2, 2 * HEAD),
+        # a matrix's scale is each of its rows' in memory; q, k, v, o, gate, up and down have an input scale each
+        ("{scheme: fp8, activations: none}", VALUES + 4 * ROWS, 2 * HEAD),
+        ("{scheme: fp8, scales: channel}", VALUES + 4 * ROWS, 2 * HEAD),
+        ("{scheme: fp8, scales: tensor}", VALUES + 4 * ROWS, 2 * HEAD),
+        ("{scheme: fp8, scales: channel, activations: static}", VALUES + 4 * ROWS + 4 * 7, 2 * HEAD),
+        ("{scheme: fp8, scales: tensor, activations: static}", VALUES + 4 * ROWS + 4 * 7, 2 * HEAD),
+        # scales may be bfloat16, and are float32 in memory
+        ("{scheme: pack_quantized, bits: 4}", VALUES // 2 + 4 * VALUES // 128, 2 * HEAD),
+        ("{scheme: pack_quantized, bits: 4, sym: false}", VALUES // 2 + 5 * VALUES // 128, 2 * HEAD),
+        ("{scheme: pack_quantized, bits: 8, group_size: -1}", VALUES + 4 * ROWS, 2 * HEAD),
+        (
+            "{scheme: pack_quantized, bits: 4, desc_act: true}",
+            VALUES // 2 + 4 * VALUES // 128 + 4 * (5 * 1024 + 2048 + 3072),
+            2 * HEAD,
+        ),
     ],
 )
 def test_weight_bytes(tmp_path: Path, quantization: str, layer: int, head: int) -> None:
@@ -73,6 +88,14 @@ def test_ranks_share_what_is_quantised(tmp_path: Path) -> None:
     assert 2 * (two - 2 * NORMS) == one - 2 * NORMS
 
 
+def test_ranks_share_rows_and_their_scales(tmp_path: Path) -> None:
+    """Two ranks of fp8: of o and down, whose inputs are shared, each has all rows, and so all of their scales."""
+    model = quantized(tmp_path, "qwen3-0.6b", "{scheme: fp8, scales: tensor, activations: static}")
+    scales = (4096 + 6144) // 2 + 1024 + 1024 + 7
+    held = 28 * (VALUES // 2 + 4 * scales) + HEAD + 2 * NORMS
+    assert cost.memory(model, plan(model, 2), context=16, batch=1).weights == held
+
+
 @pytest.mark.parametrize(
     ("variant", "quantization", "legal", "refused"),
     [
@@ -84,6 +107,9 @@ def test_ranks_share_what_is_quantised(tmp_path: Path) -> None:
         ("qwen3-0.6b", "{scheme: fp8_block}", (1, 2, 4, 8, 16), {}),
         ("qwen3-0.6b", "{scheme: awq, group_size: 256}", (1, 2, 4, 8), {16: "o_proj: 128 inputs on each of 16 ranks"}),
         ("qwen3-0.6b", "{scheme: gptq, bits: 4, desc_act: true}", (1,), {2: "o_proj: desc_act"}),
+        ("qwen3-0.6b", "{scheme: pack_quantized, bits: 4, desc_act: true}", (1,), {2: "o_proj: desc_act"}),
+        ("qwen3-0.6b", "{scheme: fp8, activations: static}", (1, 2, 4, 8, 16), {}),
+        ("qwen3-0.6b", "{scheme: fp8, scales: tensor}", (1,), {2: "o_proj: a token's inputs share a scale"}),
         # 14 heads of 64
         ("qwen2.5-0.5b", "{scheme: int8}", (1, 2, 7, 14), {}),
         ("qwen2.5-0.5b", "{scheme: int4, group_size: 64}", (1, 2, 7, 14), {}),
@@ -99,7 +125,7 @@ def test_degrees(
     assert not set(found) & set(legal)
     for degree, said in refused.items():
         assert any(said in reason for reason in found[degree]), found[degree]
-        with pytest.raises(SpecError, match=r"multiple|cut|desc_act"):
+        with pytest.raises(SpecError, match=r"multiple|cut|desc_act|share a scale"):
             plan(model, degree)
     if not refused:
         assert not found
