@@ -23,9 +23,17 @@ WRITING_MUTANTS = (
     Mutant(
         "banner_unescaped",
         EMIT,
-        "# {comment(origin)} (sha256",
-        "# {origin} (sha256",
+        "#   {comment(shlex.join(command))}",
+        "#   {shlex.join(command)}",
         "a newline in a spec's path ends the comment, and what follows is code",
+        tests=OF_TEXT,
+    ),
+    Mutant(
+        "path_names_the_encoding",
+        EMIT,
+        "make it again:\\n#\\n#   {",
+        "make it again:\\n#   {",
+        "`coding=...` in a path becomes the encoding that Python reads the file in",
         tests=OF_TEXT,
     ),
     Mutant(

@@ -53,7 +53,7 @@ def package(backend: str, change: str) -> dict[str, list[str]]:
     del manifest["files"]
     files["MANIFEST.json"] = dump_manifest(manifest)
     return {
-        name: [line for line in text.splitlines() if not line.startswith(("# tiny, gen", "#   qwenspec", '  "spec'))]
+        name: [line for line in text.splitlines() if not line.startswith(("# Generated", "#   qwenspec", '  "spec'))]
         for name, text in files.items()
     }
 

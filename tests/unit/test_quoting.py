@@ -64,6 +64,7 @@ def changed(spec: Spec, name: str, path: str, description: str, module: str) -> 
 @pytest.mark.parametrize("backend", installed())
 @hypothesis.settings(calm, max_examples=5)
 @hypothesis.example(name='"', path="a\n__import__('os').abort()#.yaml", description='"""', module='"{i}\n')
+@hypothesis.example(name="x", path="coding=raw_unicode_escape \\u000aimport os\\u000a#", description="", module="m")
 @hypothesis.example(name='"""\nimport os\n"""', path="a\r__import__('os').abort()#", description="{{ 7 }}", module="\\")
 @given(name=hostile, path=hostile, description=hostile, module=hostile)
 def test_a_hostile_spec_gives_the_code_of_a_tame_one(
@@ -85,7 +86,7 @@ def tame_package(backend: str, tame: Spec) -> dict[str, str]:
 def code(text: str, name: str) -> str:
     """The syntax tree, where literals have a word for the variant's name; white space at the ends of docstrings is the
     formatter's."""
-    tree = ast.parse(text)
+    tree = ast.parse(text.encode())  # as a file, whose first lines may name its encoding
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             node.value = node.value.replace(name, "NAME").replace(name.strip(), "NAME")
