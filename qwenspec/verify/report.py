@@ -84,6 +84,11 @@ def share(value: float) -> str:
     return "1" if value == 1 else f"{value:.6f}" if value > 0.999 else f"{value:.3f}"
 
 
+def alike(part: float) -> str:
+    """Of tokens or rows those that are alike, of which what is missing is what matters: 99.9998%, 80.0%, 100%."""
+    return "100%" if part == 1 else f"{part:.4%}" if part > 0.999 else f"{part:.1%}"
+
+
 def percent(part: float) -> str:
     """Of a bound, or how many times it."""
     if not math.isfinite(part):
@@ -148,7 +153,8 @@ def page(result: Verification) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"small": small, "share": share, "percent": percent}
+    environment.filters |= {"small": small, "share": share, "alike": alike, "percent": percent}
+    figures = _figures(result)
     return environment.get_template("report.html.jinja").render(
         result=result,
         headline=headline(result),
@@ -157,7 +163,8 @@ def page(result: Verification) -> str:
         words=WORDS,
         matrix=_matrix(result),
         totals=[cell for cell in result.cells if cell.check is Check.FORWARD],
-        figures=_figures(result),
+        figures=figures,
+        beside=all(len(figure.plots) == 1 for figure in figures),
         near_ties=result.near_ties[:SHOWN_NEAR_TIES],
         absent=[entrant for entrant in result.entrants if entrant.absent],
     )

@@ -280,6 +280,16 @@ def test_a_terminal_that_lacks_a_character(
     assert written.getvalue() == b"\xe9?\n"
 
 
+def test_a_closed_standard_output(
+    package: ModuleType, model: Scripted, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `>&-` gives it."""
+    monkeypatch.setattr(sys, "argv", ["package", "--weights", str(TINY), "--device", "cpu", "--prompt", "x"])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert part(package, "__main__").main() == 2
+    assert capsys.readouterr().err == "error: standard output is closed, and answers go there\n"
+
+
 @pytest.mark.parametrize("backend", ["triton", "tvm"])
 def test_an_embedding_that_is_not_finite(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

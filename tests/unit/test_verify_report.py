@@ -11,7 +11,7 @@ import pytest
 
 from qwenspec.verify.metrics import Comparison, Verdict
 from qwenspec.verify.plot import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, plot
-from qwenspec.verify.report import headline, page, percent, share, small, summary, table
+from qwenspec.verify.report import alike, headline, page, percent, share, small, summary, table
 from qwenspec.verify.result import Cell, Check, Curve, Entrant, Example, Failure, NearTie, Verification
 
 VOID = {"meta", "circle", "rect", "path", "line", "polyline"}
@@ -157,6 +157,7 @@ def test_numbers() -> None:
         "not finite",
     ]
     assert [share(value) for value in (1.0, 0.9999998, 0.5)] == ["1", "1.000000", "0.500"]
+    assert [alike(value) for value in (1.0, 0.999998, 0.8, 0.0)] == ["100%", "99.9998%", "80.0%", "0.0%"]
 
 
 def test_the_table_has_a_sign_in_every_cell() -> None:
@@ -204,6 +205,24 @@ def test_the_page_says_it_in_words_beside_colours() -> None:
     ]  # fmt: skip
     for told in ("tvm disagrees", "qwenspec verify my.yaml --seed=7", "prefill 0+7", "no torch", "my.yaml"):
         assert told in found.text
+
+
+def test_parts_have_their_unit_and_apostrophes_are_of_one_kind() -> None:
+    found = Page(page(verification()))
+    totals = [cell for cell in found.cells if cell.endswith("%") and cell[0].isdecimal()]
+    assert totals == ["80.0%", "100%"] * 2
+    assert "'" in found.text
+    assert "’" not in found.text
+
+
+def test_plots_of_one_dtype_stand_beside_one_another() -> None:
+    def beside(result: Verification) -> bool:
+        return ("div", {"class": "beside"}) in Page(page(result)).tags
+
+    result = verification()
+    assert beside(result)
+    result.by_layer.append(Curve("tvm", "bfloat16", 1e-2, result.by_layer[0].points))
+    assert not beside(result)
 
 
 def test_whatever_a_spec_or_a_message_holds_is_text() -> None:

@@ -16,6 +16,8 @@ BROKEN_PIPE = 141  # of SIGPIPE
 def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
     """Run, and return the exit code: 2 after trouble that is told in a sentence, such as one of `errors`."""
     try:
+        if sys.stdout is None:
+            raise ValueError("standard output is closed, and answers go there")
         run()
         sys.stdout.flush()
         return 0
