@@ -166,20 +166,31 @@ def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("desc_act", False, None, why="AWQ's inputs are in their own order")
     config.fixed("data_type", "int", None, why="AWQ's values are integers")
     config.fixed("modules_in_block_to_quantize", None, why="AWQ names what it leaves alone in modules_to_not_convert")
+    config.fixed("checkpoint_format", "gemm", None, why="the other AWQ layouts are packed differently")
     config.get("sym")  # zero_point says it: transformers' own class writes true beside zero points
     config.fixed("zero_point", True, why="AWQ without zero points is another format")
     bits, group_size = config.get("bits"), config.size("group_size")
     if bits != 4:
         config.error("wrong-value", "AWQ has 4 `bits`", "bits")
-    return {"scheme": "awq", "bits": bits, "group_size": group_size} | _skip(config, linears)
+    _as_gptqmodel_writes(config, "awq")
+    common = {"bits": bits, "group_size": group_size, "sym": config.get("sym"), "desc_act": False}
+    left = gptq_dynamic.excluded(config, linears, common)
+    named = _named(config, linears)
+    skip = [name for name in linears if name in named or name in left]
+    return {"scheme": "awq", "bits": bits, "group_size": group_size} | ({"skip": skip} if skip else {})
+
+
+def _as_gptqmodel_writes(config: Config, method: str) -> None:
+    """The keys that GPTQModel adds to those of either method."""
+    config.fixed("lm_head", False, None, why="the LM head is always in full precision")
+    config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    config.fixed("method", method, None, why="it is the same key as quant_method")
 
 
 def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    config.fixed("lm_head", False, None, why="the LM head is always in full precision")
-    config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    _as_gptqmodel_writes(config, "gptq")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
     config.fixed("data_type", "int", None, why="GPTQ's values are integers")
-    config.fixed("method", "gptq", None, why="it is the same key as quant_method")
     found: dict[str, Any] = {
         "scheme": "gptq",
         "bits": config.get("bits"),
@@ -219,8 +230,13 @@ _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
 
 
 def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
-    """`modules_to_not_convert` as the modules that it names. What is never quantised needs no entry."""
+    """`modules_to_not_convert` as the spec's `skip`. What is never quantised needs no entry."""
+    named = _named(config, modules)
+    return {"skip": [name for name in modules if name in named]} if named else {}
+
+
+def _named(config: Config, modules: Sequence[str]) -> set[str]:
+    """The modules that `modules_to_not_convert` names."""
     skipped, ignored = config.names("modules_to_not_convert"), config.names("ignored_layers")  # two names of one key
     entries = skipped if config.get("modules_to_not_convert") is not None else ignored
-    named = {name for entry in entries for name in matching(entry, modules)}
-    return {"skip": [name for name in modules if name in named]} if named else {}
+    return {name for entry in entries for name in matching(entry, modules)}

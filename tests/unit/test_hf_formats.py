@@ -81,6 +81,50 @@ def test_a_rule_that_decides_nothing_may_say_anything():
     assert imported(gptq(dynamic={"+:visual": {"bits": 8}, ".*": {}, ".*up": {"bits": 2}})).skip == ()
 
 
+# ------------------------------------------------------------------------------------------------ AWQ of GPTQModel
+
+
+def awq(**keys):
+    """As GPTQModel 5 writes it."""
+    written = {
+        "bits": 4,
+        "checkpoint_format": "gemm",
+        "desc_act": False,
+        "format": "gemm",
+        "group_size": 32,
+        "lm_head": False,
+        "meta": {"quantizer": ["gptqmodel:5.0"]},
+        "method": "awq",
+        "pack_dtype": "int32",
+        "quant_method": "awq",
+        "sym": True,
+        "version": "gemm",
+        "zero_point": True,
+    }
+    return QWEN25_7B_GPTQ | {"quantization_config": written | keys}
+
+
+def test_awq_of_gptqmodel():
+    found = imported(awq())
+    assert (found.scheme, found.bits, found.group_size, found.skip) == ("awq", 4, 32, ())
+    found = imported(awq(dynamic={r"-:.*\.3\.mlp\.up": {}}, modules_to_not_convert=["model.layers.2.mlp.up_proj"]))
+    assert found.skip == ("model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"checkpoint_format": "gemv"}, "`checkpoint_format` is"),
+        ({"lm_head": True}, "`lm_head` is true"),
+        ({"pack_dtype": "int8"}, "`pack_dtype` is"),
+        ({"method": "gptq"}, "`method` is"),
+        ({"dynamic": {".*down": {"group_size": 64}}}, "gives model.layers.0.mlp.down_proj `group_size` 64"),
+    ],
+)
+def test_awq_of_gptqmodel_that_is_refused(keys, said):
+    assert said in mistakes(awq(**keys))["unsupported-value"].message
+
+
 # ------------------------------------------------------------------------------------------- compressed-tensors
 
 
