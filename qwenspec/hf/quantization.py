@@ -7,12 +7,15 @@ from typing import Any
 
 from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt, unsupported
 from qwenspec.hf.config import Config
+from qwenspec.hf.patterns import compiled
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
 COMPRESSED_TENSORS = "compressed-tensors"
 OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
+
+_UP_TO_A_DOT = r"(?:(?<=\.)|(?=\.|$))"  # "layers.1" is no beginning of "layers.11"
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
 _RECORDS = (
@@ -139,8 +142,7 @@ def lacks(quantization: Quantization | None) -> list[str]:
 
 
 def matching(entry: str, modules: Sequence[str]) -> list[str]:
-    """The modules that an entry of `modules_to_not_convert` names: by a whole name, the beginning of one up to a dot,
-    or the end of one, as in Hugging Face's `should_convert_module`."""
+    """The modules that `convert --skip` names: by a whole name, the beginning of one up to a dot, or the end of one."""
     return [name for name in modules if f"{name}.".startswith(f"{entry}.") or name.endswith(entry)]
 
 
@@ -237,6 +239,15 @@ def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
 
 def _named(config: Config, modules: Sequence[str]) -> set[str]:
     """The modules that `modules_to_not_convert` names."""
-    skipped, ignored = config.names("modules_to_not_convert"), config.names("ignored_layers")  # two names of one key
-    entries = skipped if config.get("modules_to_not_convert") is not None else ignored
-    return {name for entry in entries for name in matching(entry, modules)}
+    key, other = "modules_to_not_convert", "ignored_layers"  # two names of one key
+    skipped, ignored = config.names(key), config.names(other)
+    if config.get(key) is None:
+        key, skipped = other, ignored
+    # As transformers' should_convert_module: a regular expression of a name's beginning, or a name's end as it is.
+    patterns = [(entry, compiled(config, key, entry, _UP_TO_A_DOT)) for entry in skipped]
+    return {
+        name
+        for name in modules
+        for entry, pattern in patterns
+        if name.endswith(entry) or (pattern and pattern.match(name))
+    }
