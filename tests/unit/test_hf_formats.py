@@ -260,6 +260,22 @@ def test_compressed_tensors_that_is_refused(config, code, said):
     assert said in mistakes(config)[code].message
 
 
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"format": "dense"},
+        {
+            "format": "dense",
+            "global_sparsity": 0.14,
+            "registry_requires_subclass": False,
+            "sparsity_structure": "unstructured",
+        },
+    ],
+)
+def test_zeros_that_are_stored_like_any_other_weight(sparsity):
+    assert imported(compressed(INT4, sparsity_config=sparsity)) == imported(compressed(INT4))
+
+
 def test_a_tied_head_and_the_head_of_an_embedding_model_are_never_quantised():
     tied = compressed(INT4, ignore=[]) | {"tie_word_embeddings": True}
     assert imported(tied).skip == ()
