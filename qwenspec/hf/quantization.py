@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt, unsupported
-from qwenspec.hf.config import Config
+from qwenspec.hf.config import Config, shown
 from qwenspec.hf.patterns import compiled
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
@@ -24,7 +24,6 @@ _RECORDS = (
     "autoround_version",
     "backend",
     "batch_size",
-    "block_name_to_quantize",
     "cache_block_outputs",
     "damp_auto_increment",
     "damp_percent",
@@ -38,7 +37,6 @@ _RECORDS = (
     "exllama_config",
     "fuse_max_seq_len",
     "gradient_accumulate_steps",
-    "is_checkpoint_fp8_serialized",
     "iters",
     "low_cpu_mem_usage",
     "low_gpu_mem_usage",
@@ -62,7 +60,6 @@ _RECORDS = (
     "scale_dtype",
     "seqlen",
     "static_groups",
-    "to_quant_block_names",
     "tokenizer",
     "train_bs",
     "true_sequential",
@@ -84,7 +81,10 @@ def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False
     if method is None:
         quantized.unread.clear()
         return None
+    quantized.fixed("is_checkpoint_fp8_serialized", True, None, why="the checkpoint would not be quantised yet")
     modules = weights.linears(layout, num_layers)
+    for key in ("block_name_to_quantize", "to_quant_block_names"):
+        _all_blocks(quantized, key, modules)
     if method == COMPRESSED_TENSORS:
         return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
     if method == modelopt.METHOD:
@@ -229,6 +229,15 @@ _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
     "gptq": _gptq,
     OURS: _ours,
 }
+
+
+def _all_blocks(config: Config, key: str, linears: Sequence[str]) -> None:
+    """Layers that were quantised, as a list of names or with commas between them: all are, where it says anything."""
+    blocks = tuple(f"{name.strip()}." for names in config.names(key) for name in names.split(",") if name.strip())
+    if blocks and (left := next((name for name in linears if not name.startswith(blocks)), None)):
+        message = f"`{key}` is {shown(config.get(key))}, which leaves out {left}"
+        hint = "whole layers in full precision are read from the keys that name what was left out alone"
+        config.error("unsupported-value", message, key, hint)
 
 
 def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:

@@ -318,6 +318,10 @@ def test_model_optimizer(ignore, skip):
         assert list(found.skip) == skip
 
 
+def test_model_optimizer_may_say_what_fp8_has_not():
+    assert imported(modelopt(pre_quant_scale=False, has_zero_point=False, group_size=None)).scheme == "fp8"
+
+
 @pytest.mark.parametrize(
     ("keys", "code", "said"),
     [
@@ -325,6 +329,9 @@ def test_model_optimizer(ignore, skip):
         ({"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "wrong-value", "FP8_PER_CHANNEL"),
         ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "unsupported-value", "kv_cache_scheme"),
         ({"kv_cache_quant_algo": "FP8"}, "unsupported-value", "cached unrounded"),
+        ({"pre_quant_scale": True}, "unsupported-value", "pre_quant_scale"),
+        ({"has_zero_point": True}, "unsupported-value", "has_zero_point"),
+        ({"group_size": 128}, "unsupported-value", "group_size"),
         ({"ignore": []}, "unsupported-value", "`lm_head` is quantised"),
         ({"quantized_layers": {}}, "unread-key", "quantized_layers"),
     ],

@@ -457,9 +457,26 @@ def test_modules_are_left_out_as_in_transformers(entry):
     assert list(spec.quantization.skip) == [name for name in modules if not should_convert_module(name, [entry])]
 
 
+@pytest.mark.parametrize("key", ["block_name_to_quantize", "to_quant_block_names"])
+def test_blocks_that_are_quantized_are_all(key):
+    for blocks in (None, [], "model.layers", ["model.layers"], [[f"model.layers.{i}" for i in range(28)]]):
+        assert imported(quantized(QWEN25_7B_GPTQ, **{key: blocks})).quantization.skip == ()
+    for blocks in ("model.layer", "model.layers.0,model.layers.1", ["visual.blocks"]):
+        message = mistakes(quantized(QWEN25_7B_GPTQ, **{key: blocks}))["unsupported-value"].message
+        assert key in message
+        assert "leaves out model.layers." in message
+
+
+def test_an_empty_list_is_one_as_json_files_are_read():
+    assert imported(quantized(QWEN3_8B_FP8, modules_to_convert=())).quantization.scheme == "fp8_block"
+    assert imported(quantized(QWEN3_8B_FP8, is_checkpoint_fp8_serialized=True)).quantization.scheme == "fp8_block"
+
+
 @pytest.mark.parametrize(
     ("config", "code", "said"),
     [
+        (quantized(QWEN3_8B_FP8, modules_to_convert=["lm_head"]), "unsupported-value", "modules_to_convert"),
+        (quantized(QWEN3_8B_FP8, is_checkpoint_fp8_serialized=False), "unsupported-value", "fp8_serialized"),
         (quantized(QWEN3_8B_FP8, modules_to_not_convert=["*.mlp"]), "wrong-value", "no regular expression"),
         (quantized(QWEN3_8B_FP8, fmt="e5m2"), "unsupported-value", "fmt"),
         (quantized(QWEN3_8B_FP8, activation_scheme="static"), "wrong-value", "activation_scheme"),
