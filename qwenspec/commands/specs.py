@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenspec import source
+from qwenspec.backend.runtime.stored import INDEX
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed, nearest
 from qwenspec.spec.bundled import resolve
@@ -79,10 +80,14 @@ def _imported(file: str, name: str | None) -> Spec:
         hint = f"name a spec in it: {listed(specs)}" if specs else f"a checkpoint's folder has a {CONFIG}"
         message = f"this folder has no {CONFIG}, so it is no checkpoint"
         raise SpecError([Diagnostic("not-a-checkpoint", message, Location(file, 0, 0), hint)])
-    result = import_path(path, name)
+    result = import_path(path.parent if path.name == CONFIG and _has_weights(path.parent) else path, name)
     for remark in result.notes:
         console.note(f"note: {remark}")
     return result.spec.model_copy(update={"file": str(path)})
+
+
+def _has_weights(folder: Path) -> bool:
+    return (folder / INDEX).exists() or any(folder.glob("*.safetensors"))
 
 
 def named(key: str, name: str) -> Any:

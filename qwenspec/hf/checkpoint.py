@@ -23,7 +23,8 @@ LONGEST_NAME = 100  # characters of a variant's name
 
 
 def import_path(path: str | Path, name: str | None = None, ignore: tuple[str, ...] = ()) -> ImportResult:
-    """The spec of a config.json or, checked against its tensors, of a checkpoint folder.
+    """The spec of a config.json or, checked against its tensors, of a checkpoint folder; modules.json and
+    hf_quant_config.json beside it are read for both.
 
     `name` is the variant's; by default it is the folder's. `ignore` are patterns (fnmatch) of tensors that nobody
     needs. Raises SpecError for what `import_config` refuses, for a folder without config.json and for safetensors
@@ -36,14 +37,13 @@ def import_path(path: str | Path, name: str | None = None, ignore: tuple[str, ..
     if document.diagnostics:
         raise SpecError(document.diagnostics)
     config: dict[str, Any] = tree.plain(document.root)
-    held, normalize = None, None
-    notes: list[str] = []
+    normalize, said = modules.normalizes(folder)
+    if not config.get("quantization_config") and (quantized := modelopt.beside(folder)):
+        config["quantization_config"] = quantized
+    notes, held = list(said), None
     if path.is_dir():
-        normalize, said = modules.normalizes(folder)
         held = tensors_in(folder)
-        if not config.get("quantization_config") and (quantized := modelopt.beside(folder)):
-            config["quantization_config"] = quantized
-        notes += [*held.notes, *said, *_untie(config, held.stored)]
+        notes = [*held.notes, *said, *_untie(config, held.stored)]
     result = import_config(
         config,
         name=variant_name(name or folder.resolve().name.lower()),

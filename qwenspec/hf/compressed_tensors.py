@@ -28,7 +28,9 @@ def read(config: Config, modules: Sequence[str], head: str | None) -> dict[str, 
     for key in _RECORDS:
         config.get(key)
     config.fixed("kv_cache_scheme", None, why="cached keys and values are quantised by the spec's `kv_cache` alone")
-    config.fixed("sparsity_config", None, {}, {"format": "dense"}, why="sparse weights are stored in another way")
+    if sparsity := config.child("sparsity_config"):
+        sparsity.fixed("format", "dense", None, why="with any other sparsity_config weights are stored in another way")
+        sparsity.unread.clear()  # how many of the weights are zero, stored like any other
     config.fixed("transform_config", None, {}, why="rotations of activations are not implemented")
     storage = config.choice("format", _FORMATS)
     if storage is None:

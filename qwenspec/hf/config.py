@@ -174,5 +174,7 @@ def _is_positive(value: object) -> bool:
 
 
 def _equal(value: object, want: object) -> bool:
-    """JSON equality, in which 1 is 1.0 but not true."""
+    """JSON equality, in which 1 is 1.0 but not true; lists that were read are tuples."""
+    if isinstance(value, list | tuple) and isinstance(want, list | tuple):
+        return list(value) == list(want)
     return value == want and isinstance(value, bool) == isinstance(want, bool)

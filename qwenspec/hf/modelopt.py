@@ -27,8 +27,11 @@ def beside(folder: Path) -> dict[str, Any] | None:
 
 def read(config: Config, modules: Sequence[str], head: str | None) -> dict[str, Any]:
     """The spec's `quantization`. `modules`: the linear ones in the layers; `head`: an LM head of its own."""
-    for key in ("producer", "config_groups", "group_size", "has_zero_point", "pre_quant_scale"):
+    for key in ("producer", "config_groups"):
         config.get(key)  # what quant_algo says, in other words
+    config.fixed("group_size", None, 0, -1, why="FP8 has one scale a tensor")
+    config.fixed("has_zero_point", False, None, why="float8 has no zero points")
+    config.fixed("pre_quant_scale", False, None, why="activations are not multiplied before they are rounded")
     config.choice("quant_algo", ("FP8",))
     for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
         config.fixed(key, None, why=_KV_SCALES)

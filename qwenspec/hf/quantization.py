@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qwenspec.hf import compressed_tensors, gptq_dynamic, modelopt, unsupported
-from qwenspec.hf.config import Config
+from qwenspec.hf.config import Config, shown
+from qwenspec.hf.patterns import compiled
 from qwenspec.ir import weights
 from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.quantization import Awq, Fp8, Fp8Block, Gptq, Int4, Int8, PackQuantized, Quantization
 
 COMPRESSED_TENSORS = "compressed-tensors"
 OURS = "qwenspec"  # the `quant_method` of `qwenspec convert`
+
+_UP_TO_A_DOT = r"(?:(?<=\.)|(?=\.|$))"  # "layers.1" is no beginning of "layers.11"
 
 # How the file was quantised, or which kernel runs it: nothing that the stored numbers do not already say.
 _RECORDS = (
@@ -21,7 +24,6 @@ _RECORDS = (
     "autoround_version",
     "backend",
     "batch_size",
-    "block_name_to_quantize",
     "cache_block_outputs",
     "damp_auto_increment",
     "damp_percent",
@@ -35,7 +37,6 @@ _RECORDS = (
     "exllama_config",
     "fuse_max_seq_len",
     "gradient_accumulate_steps",
-    "is_checkpoint_fp8_serialized",
     "iters",
     "low_cpu_mem_usage",
     "low_gpu_mem_usage",
@@ -59,7 +60,6 @@ _RECORDS = (
     "scale_dtype",
     "seqlen",
     "static_groups",
-    "to_quant_block_names",
     "tokenizer",
     "train_bs",
     "true_sequential",
@@ -81,7 +81,10 @@ def read(config: Config, layout: Layout, num_layers: int, has_head: bool = False
     if method is None:
         quantized.unread.clear()
         return None
+    quantized.fixed("is_checkpoint_fp8_serialized", True, None, why="the checkpoint would not be quantised yet")
     modules = weights.linears(layout, num_layers)
+    for key in ("block_name_to_quantize", "to_quant_block_names"):
+        _all_blocks(quantized, key, modules)
     if method == COMPRESSED_TENSORS:
         return compressed_tensors.read(quantized, modules, layout.lm_head if has_head else None)
     if method == modelopt.METHOD:
@@ -139,8 +142,7 @@ def lacks(quantization: Quantization | None) -> list[str]:
 
 
 def matching(entry: str, modules: Sequence[str]) -> list[str]:
-    """The modules that an entry of `modules_to_not_convert` names: by a whole name, the beginning of one up to a dot,
-    or the end of one, as in Hugging Face's `should_convert_module`."""
+    """The modules that `convert --skip` names: by a whole name, the beginning of one up to a dot, or the end of one."""
     return [name for name in modules if f"{name}.".startswith(f"{entry}.") or name.endswith(entry)]
 
 
@@ -166,20 +168,31 @@ def _awq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
     config.fixed("desc_act", False, None, why="AWQ's inputs are in their own order")
     config.fixed("data_type", "int", None, why="AWQ's values are integers")
     config.fixed("modules_in_block_to_quantize", None, why="AWQ names what it leaves alone in modules_to_not_convert")
+    config.fixed("checkpoint_format", "gemm", None, why="the other AWQ layouts are packed differently")
     config.get("sym")  # zero_point says it: transformers' own class writes true beside zero points
     config.fixed("zero_point", True, why="AWQ without zero points is another format")
     bits, group_size = config.get("bits"), config.size("group_size")
     if bits != 4:
         config.error("wrong-value", "AWQ has 4 `bits`", "bits")
-    return {"scheme": "awq", "bits": bits, "group_size": group_size} | _skip(config, linears)
+    _as_gptqmodel_writes(config, "awq")
+    common = {"bits": bits, "group_size": group_size, "sym": config.get("sym"), "desc_act": False}
+    left = gptq_dynamic.excluded(config, linears, common)
+    named = _named(config, linears)
+    skip = [name for name in linears if name in named or name in left]
+    return {"scheme": "awq", "bits": bits, "group_size": group_size} | ({"skip": skip} if skip else {})
+
+
+def _as_gptqmodel_writes(config: Config, method: str) -> None:
+    """The keys that GPTQModel adds to those of either method."""
+    config.fixed("lm_head", False, None, why="the LM head is always in full precision")
+    config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    config.fixed("method", method, None, why="it is the same key as quant_method")
 
 
 def _gptq(config: Config, linears: Sequence[str]) -> dict[str, Any]:
-    config.fixed("lm_head", False, None, why="the LM head is always in full precision")
-    config.fixed("pack_dtype", "int32", None, why="other packings are not implemented")
+    _as_gptqmodel_writes(config, "gptq")
     config.fixed("is_marlin_format", False, None, why="Marlin's layout is packed differently")
     config.fixed("data_type", "int", None, why="GPTQ's values are integers")
-    config.fixed("method", "gptq", None, why="it is the same key as quant_method")
     found: dict[str, Any] = {
         "scheme": "gptq",
         "bits": config.get("bits"),
@@ -218,9 +231,32 @@ _READERS: dict[str, Callable[[Config, Sequence[str]], dict[str, Any]]] = {
 }
 
 
+def _all_blocks(config: Config, key: str, linears: Sequence[str]) -> None:
+    """Layers that were quantised, as a list of names or with commas between them: all are, where it says anything."""
+    blocks = tuple(f"{name.strip()}." for names in config.names(key) for name in names.split(",") if name.strip())
+    if blocks and (left := next((name for name in linears if not name.startswith(blocks)), None)):
+        message = f"`{key}` is {shown(config.get(key))}, which leaves out {left}"
+        hint = "whole layers in full precision are read from the keys that name what was left out alone"
+        config.error("unsupported-value", message, key, hint)
+
+
 def _skip(config: Config, modules: Sequence[str]) -> dict[str, Any]:
-    """`modules_to_not_convert` as the modules that it names. What is never quantised needs no entry."""
-    skipped, ignored = config.names("modules_to_not_convert"), config.names("ignored_layers")  # two names of one key
-    entries = skipped if config.get("modules_to_not_convert") is not None else ignored
-    named = {name for entry in entries for name in matching(entry, modules)}
+    """`modules_to_not_convert` as the spec's `skip`. What is never quantised needs no entry."""
+    named = _named(config, modules)
     return {"skip": [name for name in modules if name in named]} if named else {}
+
+
+def _named(config: Config, modules: Sequence[str]) -> set[str]:
+    """The modules that `modules_to_not_convert` names."""
+    key, other = "modules_to_not_convert", "ignored_layers"  # two names of one key
+    skipped, ignored = config.names(key), config.names(other)
+    if config.get(key) is None:
+        key, skipped = other, ignored
+    # As transformers' should_convert_module: a regular expression of a name's beginning, or a name's end as it is.
+    patterns = [(entry, compiled(config, key, entry, _UP_TO_A_DOT)) for entry in skipped]
+    return {
+        name
+        for name in modules
+        for entry, pattern in patterns
+        if name.endswith(entry) or (pattern and pattern.match(name))
+    }

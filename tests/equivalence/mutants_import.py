@@ -241,8 +241,8 @@ IMPORT_MUTANTS = (
     Mutant(
         "skipped_modules_by_one_name_alone",
         f"{HF}/quantization.py",
-        'config.get("modules_to_not_convert") is not None else ignored',
-        'config.get("modules_to_not_convert") is not None else []',
+        "key, skipped = other, ignored",
+        "key, skipped = other, []",
         "ignored_layers names what is in full precision",
         tests=CONFIGS,
     ),

@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from qwenspec.backend.fitting import wanted
 from qwenspec.backend.runtime.stored import BITS
+from qwenspec.commands.specs import pick
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf.checkpoint import import_path, tensors_in, variant_name
 from qwenspec.hf.exporter import export_config
 from qwenspec.hf.tensors import expected
 from qwenspec.ir.lower import lower
-from qwenspec.spec.files import VARIANT_NAME
+from qwenspec.spec.document import VARIANT_NAME
 from qwenspec.spec.load import load
 from qwenspec.spec.quantization import Int4
 
@@ -154,6 +155,7 @@ def test_modules_json_makes_an_embedding_model(spec_of, save, variant, normalize
     found = import_path(folder).spec.architecture
     assert (found.lm_head, found.embedding.normalize) == (None, normalize)
     assert found.checkpoint.layout == ("qwen3_embedding" if variant == "embedding" else "qwen2")
+    assert pick(str(folder / "config.json")).architecture == pick(str(folder)).architecture == found
 
 
 # ------------------------------------------------------------------------------------------------------ tying
@@ -273,6 +275,22 @@ def test_a_config_alone_is_imported_without_its_neighbours(spec_of, save):
     folder = save(export_config(spec), {"nonsense": ("F32", (2,), 0)})
     assert import_path(folder / "config.json", name="alone").spec.variant == "alone"
     assert "unknown-tensor" in mistakes(folder)
+
+
+def test_what_lies_beside_a_config_is_read(spec_of, save):
+    """As what the command line calls SPEC, with its tensors where there are some; without any, alone."""
+    spec = spec_of("language")
+    folder = save(export_config(spec), {"nonsense": ("F32", (2,), 0)})
+    said = {"quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head"]}}
+    (folder / "hf_quant_config.json").write_text(json.dumps(said))
+    (folder / "modules.json").write_text('[{"path": "", "type": "Transformer"}, {"path": "1", "type": "Dense"}]')
+    assert "unsupported-module" in mistakes(folder / "config.json")
+    (folder / "modules.json").unlink()
+    assert import_path(folder / "config.json").spec.quantization.scheme == "fp8"
+    with pytest.raises(SpecError, match="nonsense"):
+        pick(str(folder / "config.json"))
+    (folder / "model.safetensors").unlink()
+    assert pick(str(folder / "config.json")).quantization.scheme == "fp8"
 
 
 def test_the_index_is_enough(spec_of, save):

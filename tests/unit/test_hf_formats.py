@@ -81,6 +81,50 @@ def test_a_rule_that_decides_nothing_may_say_anything():
     assert imported(gptq(dynamic={"+:visual": {"bits": 8}, ".*": {}, ".*up": {"bits": 2}})).skip == ()
 
 
+# ------------------------------------------------------------------------------------------------ AWQ of GPTQModel
+
+
+def awq(**keys):
+    """As GPTQModel 5 writes it."""
+    written = {
+        "bits": 4,
+        "checkpoint_format": "gemm",
+        "desc_act": False,
+        "format": "gemm",
+        "group_size": 32,
+        "lm_head": False,
+        "meta": {"quantizer": ["gptqmodel:5.0"]},
+        "method": "awq",
+        "pack_dtype": "int32",
+        "quant_method": "awq",
+        "sym": True,
+        "version": "gemm",
+        "zero_point": True,
+    }
+    return QWEN25_7B_GPTQ | {"quantization_config": written | keys}
+
+
+def test_awq_of_gptqmodel():
+    found = imported(awq())
+    assert (found.scheme, found.bits, found.group_size, found.skip) == ("awq", 4, 32, ())
+    found = imported(awq(dynamic={r"-:.*\.3\.mlp\.up": {}}, modules_to_not_convert=["model.layers.2.mlp.up_proj"]))
+    assert found.skip == ("model.layers.2.mlp.up_proj", "model.layers.3.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"checkpoint_format": "gemv"}, "`checkpoint_format` is"),
+        ({"lm_head": True}, "`lm_head` is true"),
+        ({"pack_dtype": "int8"}, "`pack_dtype` is"),
+        ({"method": "gptq"}, "`method` is"),
+        ({"dynamic": {".*down": {"group_size": 64}}}, "gives model.layers.0.mlp.down_proj `group_size` 64"),
+    ],
+)
+def test_awq_of_gptqmodel_that_is_refused(keys, said):
+    assert said in mistakes(awq(**keys))["unsupported-value"].message
+
+
 # ------------------------------------------------------------------------------------------- compressed-tensors
 
 
@@ -216,6 +260,22 @@ def test_compressed_tensors_that_is_refused(config, code, said):
     assert said in mistakes(config)[code].message
 
 
+@pytest.mark.parametrize(
+    "sparsity",
+    [
+        {"format": "dense"},
+        {
+            "format": "dense",
+            "global_sparsity": 0.14,
+            "registry_requires_subclass": False,
+            "sparsity_structure": "unstructured",
+        },
+    ],
+)
+def test_zeros_that_are_stored_like_any_other_weight(sparsity):
+    assert imported(compressed(INT4, sparsity_config=sparsity)) == imported(compressed(INT4))
+
+
 def test_a_tied_head_and_the_head_of_an_embedding_model_are_never_quantised():
     tied = compressed(INT4, ignore=[]) | {"tie_word_embeddings": True}
     assert imported(tied).skip == ()
@@ -258,6 +318,10 @@ def test_model_optimizer(ignore, skip):
         assert list(found.skip) == skip
 
 
+def test_model_optimizer_may_say_what_fp8_has_not():
+    assert imported(modelopt(pre_quant_scale=False, has_zero_point=False, group_size=None)).scheme == "fp8"
+
+
 @pytest.mark.parametrize(
     ("keys", "code", "said"),
     [
@@ -265,6 +329,9 @@ def test_model_optimizer(ignore, skip):
         ({"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "wrong-value", "FP8_PER_CHANNEL"),
         ({"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, "unsupported-value", "kv_cache_scheme"),
         ({"kv_cache_quant_algo": "FP8"}, "unsupported-value", "cached unrounded"),
+        ({"pre_quant_scale": True}, "unsupported-value", "pre_quant_scale"),
+        ({"has_zero_point": True}, "unsupported-value", "has_zero_point"),
+        ({"group_size": 128}, "unsupported-value", "group_size"),
         ({"ignore": []}, "unsupported-value", "`lm_head` is quantised"),
         ({"quantized_layers": {}}, "unread-key", "quantized_layers"),
     ],

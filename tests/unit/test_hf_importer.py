@@ -18,12 +18,14 @@ from released_configs import (
     QWEN25_INSTRUCT_1M,
     RELEASED,
 )
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from qwenspec import source
 from qwenspec.diagnostics import SpecError
 from qwenspec.hf.harmless import HARMLESS
 from qwenspec.hf.importer import import_config
 from qwenspec.hf.writer import write_spec
+from qwenspec.ir.weights import linears
 from qwenspec.spec.load import load
 
 SPECS = Path(__file__).parents[2] / "specs"
@@ -431,8 +433,51 @@ def test_quantization_details():
 
 
 @pytest.mark.parametrize(
+    "entry",
+    [
+        "model.layers.0",
+        "model.layers.1.",
+        "model.layers.0.*",
+        "model.layers.(0|1)",
+        "model.layers.2|model.layers.3.mlp",
+        ".*down_proj",
+        ".*down",
+        "down_proj",
+        "oj",
+        "mlp.gate",
+        r"model\.layers\.\d\.self_attn",
+        "layers.1",
+        "lm_head",
+        "",
+    ],
+)
+def test_modules_are_left_out_as_in_transformers(entry):
+    spec = imported(quantized(QWEN3_8B_FP8, modules_to_not_convert=[entry]))
+    modules = linears(spec.layout, spec.architecture.num_hidden_layers)
+    assert list(spec.quantization.skip) == [name for name in modules if not should_convert_module(name, [entry])]
+
+
+@pytest.mark.parametrize("key", ["block_name_to_quantize", "to_quant_block_names"])
+def test_blocks_that_are_quantized_are_all(key):
+    for blocks in (None, [], "model.layers", ["model.layers"], [[f"model.layers.{i}" for i in range(28)]]):
+        assert imported(quantized(QWEN25_7B_GPTQ, **{key: blocks})).quantization.skip == ()
+    for blocks in ("model.layer", "model.layers.0,model.layers.1", ["visual.blocks"]):
+        message = mistakes(quantized(QWEN25_7B_GPTQ, **{key: blocks}))["unsupported-value"].message
+        assert key in message
+        assert "leaves out model.layers." in message
+
+
+def test_an_empty_list_is_one_as_json_files_are_read():
+    assert imported(quantized(QWEN3_8B_FP8, modules_to_convert=())).quantization.scheme == "fp8_block"
+    assert imported(quantized(QWEN3_8B_FP8, is_checkpoint_fp8_serialized=True)).quantization.scheme == "fp8_block"
+
+
+@pytest.mark.parametrize(
     ("config", "code", "said"),
     [
+        (quantized(QWEN3_8B_FP8, modules_to_convert=["lm_head"]), "unsupported-value", "modules_to_convert"),
+        (quantized(QWEN3_8B_FP8, is_checkpoint_fp8_serialized=False), "unsupported-value", "fp8_serialized"),
+        (quantized(QWEN3_8B_FP8, modules_to_not_convert=["*.mlp"]), "wrong-value", "no regular expression"),
         (quantized(QWEN3_8B_FP8, fmt="e5m2"), "unsupported-value", "fmt"),
         (quantized(QWEN3_8B_FP8, activation_scheme="static"), "wrong-value", "activation_scheme"),
         (quantized(QWEN3_8B_FP8, weight_block_size=None), "unsupported-value", "weight_block_size"),
