@@ -57,11 +57,14 @@ def hashes(files: Mapping[str, str]) -> list[dict[str, str]]:
 
 
 def read(package: Path, wanted: Mapping[str, str]) -> Present:
-    """Looks, and changes nothing. Raises SpecError (`not-followed`) for a symbolic link."""
+    """Looks, and changes nothing. Raises SpecError for a symbolic link (`not-followed`) and for what is no folder
+    (`not-generated`)."""
     if package.is_symlink():
         raise _link(package)
     if not package.exists():
         return Present()
+    if not package.is_dir():
+        raise SpecError([Diagnostic("not-generated", f"{package} is no folder", hint="choose another one with --out")])
     found = sorted(_entries(package))
     written = _listed(package / MANIFEST)
     files: dict[str, bytes] = {}
@@ -142,8 +145,6 @@ def _content(file: Path) -> bytes | None:
 
 def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str]) -> None:
     """What is in the place of a file, and not the package's nor the same."""
-    if package.exists() and not package.is_dir():
-        raise SpecError([Diagnostic("not-generated", f"{package} is no folder", hint="choose another one with --out")])
     if not present.own and any(name.endswith(".py") or name == MANIFEST for name in present.others):
         message = f"{package} holds files that this qwenspec did not write ({MANIFEST} lists none)"
         hint = "remove it, or choose another folder with --out"

@@ -128,6 +128,15 @@ def test_a_folder_that_it_did_not_write_stays(manifest: str | None, tmp_path: Pa
     assert there(package) == before
 
 
+def test_a_file_in_the_place_of_the_folder_stays_and_is_told(tmp_path: Path) -> None:
+    package = tmp_path / "tiny"
+    package.write_text("mine")
+    for act in (write, folder.read):
+        with pytest.raises(SpecError, match=r"tiny is no folder"):
+            act(package, NEW)
+    assert package.read_text() == "mine"
+
+
 def test_files_that_nobody_can_read_as_text_are_carried_along(package: Path) -> None:
     (package / "latin.py").write_bytes(b"# \xe9\n")
     os.mkfifo(package / "x.py")
