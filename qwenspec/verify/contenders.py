@@ -223,9 +223,13 @@ def _shuffle_pages(cache: Cache, seed: int) -> None:
     sequences: Any = cache.sequences  # type: ignore[attr-defined]
     draw = random.Random(seed)
 
+    free = sequences._given_back
+    free += range(sequences._unused, sequences.num_pages)
+    sequences._unused = sequences.num_pages
+
     def take_page() -> int:
-        page = int(sequences._free.pop(draw.randrange(len(sequences._free))))
-        heapq.heapify(sequences._free)
+        page = int(free.pop(draw.randrange(len(free))))
+        heapq.heapify(free)
         sequences._users[page] = 1
         return page
 

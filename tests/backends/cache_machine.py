@@ -13,6 +13,17 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 
+def free_pages(sequences: Any) -> list[int]:
+    return sorted([*sequences._given_back, *range(sequences._unused, sequences.num_pages)])
+
+
+def bookkeeping(sequences: Any) -> object:
+    """Everything that a failed call must leave alone."""
+    apart = ("_given_back", "_unused", "_users")
+    kept = {name: value for name, value in vars(sequences).items() if name not in apart}
+    return copy.deepcopy((kept, free_pages(sequences), +sequences._users))
+
+
 class CacheMachine(RuleBasedStateMachine):
     """What every backend's cache does, against sequences that are lists of tokens.
 
@@ -35,8 +46,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     def state(self) -> object:
         """Everything that a failed call must leave alone."""
-        kept = {name: value for name, value in vars(self.cache.sequences).items() if name not in ("_free", "_users")}
-        return copy.deepcopy((kept, sorted(self.cache.sequences._free), +self.cache.sequences._users))
+        return bookkeeping(self.cache.sequences)
 
     @initialize(page_size=st.integers(1, 5), pages=st.integers(3, 9))
     def start(self, page_size: int, pages: int) -> None:
@@ -203,5 +213,5 @@ class CacheMachine(RuleBasedStateMachine):
             if self.cache.sequences._sequences.get(seq) is not sequence:  # removed, and still in the batch
                 users.update(sequence.pages)
         assert users == +self.cache.sequences._users
-        assert users.keys().isdisjoint(self.cache.sequences._free)
+        assert users.keys().isdisjoint(free_pages(self.cache.sequences))
         assert len(users) + self.cache.free_pages == self.pages

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from backends.cache_machine import CacheMachine
+from backends.cache_machine import CacheMachine, bookkeeping
 from hf_parity.oracle import tiny_spec
 from qwenspec.backend.emit import emit
 from qwenspec.backend.load import import_package
@@ -32,9 +31,7 @@ def new_cache(module: ModuleType, pages: int = 7, page_size: int = 4, **options:
 
 def state(cache) -> object:
     """Everything that a failed call must leave alone."""
-    kept = {name: value for name, value in vars(cache.sequences).items() if name not in ("_free", "_users")}
-    pages = cache.pages.nan_to_num(-1).tolist()
-    return copy.deepcopy((kept, sorted(cache.sequences._free), +cache.sequences._users, pages))
+    return bookkeeping(cache.sequences), cache.pages.nan_to_num(-1).tolist()
 
 
 class Machine(CacheMachine):

@@ -186,3 +186,17 @@ def test_prompts_and_chosen_tokens() -> None:
     check_chosen([0, 1], [0, 1], "float16")
     with pytest.raises(NonFiniteError, match=r"^the logits of prompt 2 are NaN or infinite.*65504"):
         check_chosen([0, -1], [0, 2], "float16")
+
+
+def test_pages_cost_nothing_until_they_are_taken() -> None:
+    """A place for as many tokens as somebody may ask for is told by what allocates it, and not by a list of numbers."""
+    sequences = Sequences(2, 10**15, 16, 4)
+    for number in (0, 1):
+        sequences.add(number)
+        forward(sequences, {number: 9})
+    assert sequences.free_pages == 10**15 // 4 - 6
+    sequences.remove(0)
+    sequences.add(0)
+    forward(sequences, {0: 16})
+    assert sequences._sequences[0].pages == [0, 1, 2, 6]  # low pages first
+    assert sequences.free_pages == 10**15 // 4 - 7

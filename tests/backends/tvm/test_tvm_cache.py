@@ -12,6 +12,7 @@ import pytest
 import tvm
 from attention_cache import compiled
 from hypothesis import settings
+from tvm_ffi import Shape
 
 from backends.cache_machine import CacheMachine
 from qwenspec.backend.fold import declared_flags, fold
@@ -202,3 +203,37 @@ def test_nothing_is_left_behind(plain: ModuleType) -> None:
     cache.remove_sequence(2)
     cache.remove_sequence(1)
     assert ask(cache, "empty")
+
+
+@pytest.mark.parametrize("failing", ["begin_forward", "get_query_positions"])
+def test_a_forward_that_cannot_begin_is_taken_back(
+    failing: str, plain: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TVM closes what it opened, of the failed forward's own sequences, and nothing that it did not open."""
+    told: list[tuple[object, ...]] = []
+    trouble = False
+
+    def call(name: str, state: object, *arguments: Any) -> None:
+        told.append((name, *(list(one) if isinstance(one, Shape) else one for one in arguments)))
+        if trouble and name.endswith(failing):
+            raise MemoryError
+
+    monkeypatch.setattr(plain.cache, "_call", call)
+    cache = plain.PagedKVCache(CONFIG, lambda *_: None, 4, 28, 16, 4, "float32", tvm.cpu())
+    for sequence in (0, 1):
+        cache.add_sequence(sequence)
+    cache.begin_forward([0], [2])
+    cache.end_forward()
+    told.clear()
+    trouble = True
+    with pytest.raises(MemoryError):
+        cache.begin_forward([1], [3], [-1, 0, 0])
+    opened = ("kv_state_begin_forward", [1], [3], [-1, 0, 0])
+    if failing == "begin_forward":
+        assert told == [opened]
+    else:
+        undone = [("kv_state_end_forward",), ("attention_kv_cache_commit_accepted_token_tree_nodes", [1], [-1])]
+        assert told == [opened, ("attention_kv_cache_get_query_positions",), *undone]
+    assert (cache.length(0), cache.length(1), cache.free_pages) == (2, 0, 6)
+    trouble = False
+    cache.begin_forward([0, 1], [1, 1])
