@@ -231,7 +231,7 @@ def convert(
         list[str] | None, typer.Option(metavar="MODULE", help="Stays in full precision: a name, its beginning or end.")
     ] = None,
     spec: Annotated[str | None, typer.Option(metavar="SPEC", help="Default: what config.json says.")] = None,
-    shard_size: Annotated[float, typer.Option(min=1e-6, metavar="GB", help="The largest file.")] = 5,
+    shard_size: Annotated[float, typer.Option(min=1e-6, max=1e6, metavar="GB", help="The largest file.")] = 5,
     as_json: Json = False,
 ) -> None:
     """Quantise a checkpoint. An interrupted run goes on where it stopped."""

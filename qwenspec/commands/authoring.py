@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from qwenspec import source
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 from qwenspec.files import write_whole
@@ -61,7 +62,7 @@ def schema(out: Path | None, check: bool) -> ExitCode:
 
 
 def _compare(file: Path, text: str) -> ExitCode:
-    present = file.read_text(encoding="utf-8") if file.is_file() else ""
+    present = source.read(file) if file.is_file() else ""
     if present == text:
         console.note(f"{file} is up to date")
         return ExitCode.OK

@@ -69,8 +69,8 @@ def shown_bytes(count: int) -> str:
 
 
 def note(text: str) -> None:
-    """A remark."""
-    print(text, file=sys.stderr)
+    """A remark. What a terminal would obey is escaped, as in `show`."""
+    print("\n".join(map(printable, text.split("\n"))), file=sys.stderr)
 
 
 def show_diagnostics(diagnostics: Sequence[Diagnostic]) -> None:
@@ -78,7 +78,8 @@ def show_diagnostics(diagnostics: Sequence[Diagnostic]) -> None:
 
 
 def show_diff(text: str) -> None:
-    """A unified diff, in colour on a terminal."""
+    """A unified diff, in colour on a terminal. What that would obey is escaped, tabs excepted."""
+    text = "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
     if colored(sys.stdout):
         paint = {"+": "\x1b[32m", "-": "\x1b[31m", "@": "\x1b[36m"}
         lines = [f"{paint[line[0]]}{line}\x1b[0m" if line[:1] in paint else line for line in text.splitlines()]
@@ -178,7 +179,10 @@ def _ended(command: Callable[[], ExitCode | None]) -> int:
     try:
         return command() or ExitCode.OK
     except SystemExit as end:  # a package's, which `run` runs in this process
-        return end.code if isinstance(end.code, int) else ExitCode.OK
+        if end.code is None or isinstance(end.code, int):
+            return end.code or ExitCode.OK
+        note(str(end.code))  # as Python does
+        return 1
 
 
 def _discard_unwritten() -> None:

@@ -95,8 +95,9 @@ def logits(spec: Spec, backend: str, weights: Path, ids: list[int], device: str,
 def token_ids(text: str) -> list[int]:
     """`1,2,3` as integers."""
     words = text.replace(",", " ").split()
-    if not words or not all(word.isdecimal() for word in words):
-        raise _bad_ids(f"`{text}` is not a list of token ids", "write them like 1,2,3")
+    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
+        shown = text if len(text) <= 100 else f"{text[:100]}…"
+        raise _bad_ids(f"`{shown}` is not a list of token ids", "write them like 1,2,3")
     return [int(word) for word in words]
 
 

@@ -69,6 +69,8 @@ def _entries(file: Path) -> list[Entry]:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > 2:
                 raise ValueError("it is nested too deep")
+            if isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent) and event.tag:
+                raise ValueError(f"it has the tag {event.tag}, and plain YAML alone is read")
         return TypeAdapter(list[Entry]).validate_python(yaml.safe_load(text))
     except (yaml.YAMLError, ValidationError, ValueError) as error:
         hint = "it is a list of {spec: FILE, variant: NAME, backend: NAME}"

@@ -83,7 +83,9 @@ def convert(request: Request, progress: Progress = lambda tensor, done, total: N
 
 def _check_folders(request: Request) -> None:
     out = request.out
-    if (out.exists() or out.is_symlink()) and not out.is_dir():
+    if out.is_symlink():
+        raise _fail(out, "file-exists", "this is a link, and OUT is a folder of its own", "choose another OUT")
+    if out.exists() and not out.is_dir():
         raise _fail(out, "file-exists", "this is not a folder", "choose another OUT")
     if holds_others(out):
         raise _fail(out, "file-exists", "the folder is not empty", "choose another OUT, or remove what is in it")

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwenspec import tree
+from qwenspec.backend.runtime.stored import shown
 from qwenspec.diagnostics import Diagnostic, Location, SpecError, listed
 from qwenspec.hf import json_source
 from qwenspec.hf.json_file import read_json
@@ -86,7 +87,7 @@ def _prompts(config: Mapping[str, Any]) -> list[str]:
     name, prompts = config.get("default_prompt_name"), config.get("prompts")
     if not any(prompts.values() if isinstance(prompts, Mapping) else ()):
         return []
-    always = f", `{name}` by default" if name else ""
+    always = f", `{shown(str(name))}` by default" if name else ""
     return [f"{PROMPTS} has prompts, which sentence-transformers puts before texts{always}: a package does not."]
 
 

@@ -18,6 +18,7 @@ from qwenspec.verify.steps import CacheSizes, check_sizes
 
 REFERENCE = "reference"
 HUGGING_FACE = "huggingface"
+MOST_CONTENDERS, MOST_RANKS = 9, 32  # that `--replay` starts: a folder that was sent says how many
 Rounded = Literal["activations", "kv_fp8_e4m3", "kv_int8"]  # activations: to e4m3
 
 
@@ -127,4 +128,6 @@ class _Stored(Model):
     def _begin_with_the_reference(cls, names: list[str]) -> list[str]:
         if len(names) < 2 or names[0] != REFERENCE or len({*names}) < len(names):
             raise ValueError("the contenders are not the reference and others")
+        if len(names) > MOST_CONTENDERS or sum(backend_and_ranks(name)[1] for name in names) > MOST_RANKS:
+            raise ValueError(f"more than {MOST_CONTENDERS} contenders, or {MOST_RANKS} ranks in all, are not run again")
         return names

@@ -162,7 +162,12 @@ def from_data(data: Any) -> Step:
         if fields["method"] not in get_args(Method):
             raise ValueError(f"there is no method {fields['method']!r}")
         trees = fields["trees"]
-        return Forward(_by_sequence(fields["tokens"]), fields["method"], None if trees is None else _by_sequence(trees))
+        forward = Forward(
+            _by_sequence(fields["tokens"]), fields["method"], None if trees is None else _by_sequence(trees)
+        )
+        if len(forward.ids) > MOST_TOKENS:
+            raise ValueError(f"a forward of more than {MOST_TOKENS:,} tokens is not verified")
+        return forward
     if kind is Commit:
         return Commit({_number(seq): _number(leaf) for seq, leaf in fields["leaves"]})
     if kind is Add and fields["prompt_length"] is None:

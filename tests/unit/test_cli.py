@@ -157,8 +157,9 @@ def test_gen_all_writes_what_the_manifest_lists(spec: Path, tmp_path: Path) -> N
     assert data(stray) == {"checked": [str(package)], "stale": {}, "stray": [str(out / "old_triton")]}
     assert "old_triton is not in the manifest" in stray.stderr
 
-    (out / "manifest.yaml").write_text("- {spec: 3}")
-    assert "error[bad-manifest]" in call("gen", "--all", "--out", out).stderr
+    for text in ("- {spec: 3}", '- {spec: a, backend: triton, variant: !!int ""}', "!!python/none []"):
+        (out / "manifest.yaml").write_text(text)
+        assert "error[bad-manifest]" in call("gen", "--all", "--out", out).stderr
 
 
 # -------------------------------------------------------------------------------------- validate, schema, import
@@ -201,6 +202,8 @@ def test_schema_prints_writes_and_checks(tmp_path: Path) -> None:
     stale = call("schema", "--check", "-o", file)
     assert stale.exit_code == 1
     assert re.search(r"^\+.*vocab_size", stale.stdout, re.M)
+    file.write_bytes(b"\xff")
+    assert call("schema", "--check", "-o", file).exit_code == 2
 
 
 CONFIG = {

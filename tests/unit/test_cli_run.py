@@ -157,6 +157,7 @@ def test_logits_are_those_of_the_runner(backend: str, folder: Path, tmp_path: Pa
     ("arguments", "reason"),
     [
         (["--ids", "1,two"], "`1,two` is not a list of token ids"),
+        (["--ids", "9" * 5000], "999…` is not a list of token ids"),
         (["--ids", ""], "is not a list of token ids"),
         (["--ids", "1,40"], "token id 40 is outside the vocabulary of 40\n  = help: ids are 0 to 39\n"),
         (["--ids", "1", "--device", "toaster"], "cannot use the device `toaster` here"),

@@ -276,7 +276,9 @@ def test_out_is_no_folder_of_anything_else(source: Any, tmp_path: Path) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "file").write_text("")
-    for out, said in ((full, "not empty"), (full / "file", "not a folder")):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    for out, said in ((full, "not empty"), (full / "file", "not a folder"), (tmp_path / "link", "a link")):
         with pytest.raises(SpecError, match=said):
             convert(request(made, out))
     assert [path.name for path in full.iterdir()] == ["file"]

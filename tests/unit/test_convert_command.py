@@ -87,6 +87,7 @@ def test_a_spec_of_ones_own(spec: Path, checkpoint: Path, tmp_path: Path) -> Non
         (["-q", "int4", "--skip", "model.norm"], "error[unknown-module]"),
         (["-q", "int5"], "'int5' is not one of"),
         (["-q", "int4", "--shard-size", "0"], "Invalid value for '--shard-size'"),
+        (["-q", "int4", "--shard-size", "inf"], "Invalid value for '--shard-size'"),
         (["-q", "int4", "--group-size", "0"], "Invalid value for '--group-size'"),
         ([], "Missing option '--quantization'"),
     ],

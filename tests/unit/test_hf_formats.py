@@ -77,6 +77,21 @@ def test_gptq_rules_that_are_refused(rules, code, said):
     assert found.location.line > 0
 
 
+@pytest.mark.parametrize(
+    "expression", ["(.*.*.*.*.*.*.*.*)x", "(a+)+x", "(a|aa)*x", "((?:.?){30})x", "(?=(.*.*.*.*.*))x", "(a|a)" * 30]
+)
+def test_expressions_that_may_not_end(expression):
+    assert "take for ever" in mistakes(gptq(dynamic={f"-:{expression}": {}}))["unsupported-value"].message
+
+
+@pytest.mark.parametrize(
+    "expression",
+    [r".*\.[0-9]+\.(self_attn|mlp)\..*_proj$", r"(.*\.)?layers\.\d+\..*", "|".join(f"a{i}b" for i in range(300))],
+)
+def test_expressions_as_people_write_them(expression):
+    imported(gptq(dynamic={f"-:{expression}": {}}))
+
+
 def test_a_rule_that_decides_nothing_may_say_anything():
     assert imported(gptq(dynamic={"+:visual": {"bits": 8}, ".*": {}, ".*up": {"bits": 2}})).skip == ()
 

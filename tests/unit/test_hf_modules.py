@@ -92,6 +92,9 @@ def test_prompts_are_told(folder):
     prompts = {"prompts": {"query": "Instruct: ", "document": ""}, "default_prompt_name": None}
     (path / "config_sentence_transformers.json").write_text(json.dumps(prompts))
     assert "a package does not" in normalizes(path)[1][0]
+    named = prompts | {"default_prompt_name": "a\nb"}
+    (path / "config_sentence_transformers.json").write_text(json.dumps(named))
+    assert "\n" not in normalizes(path)[1][0]
     (path / "config_sentence_transformers.json").write_text(json.dumps({"prompts": {"document": ""}}))
     assert normalizes(path) == (False, ())
 

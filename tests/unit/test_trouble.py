@@ -317,3 +317,20 @@ def test_the_command_is_interrupted_while_it_is_imported(tmp_path: Path) -> None
     (tmp_path / "typer.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     done = process("qwenspec backends", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+def test_remarks_and_diffs_are_printed_without_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("a\x1b[2Jb\nc")
+    console.show_diff("-\ta\x1b[2Jb\r\n+c\n")
+    assert capsys.readouterr() == ("-\ta\\x1b[2Jb\\r\n+c\n", "a\\x1b[2Jb\nc\n")
+
+
+@pytest.mark.parametrize(("ended", "code"), [(None, 0), (0, 0), (3, 3), ("no room", 1)])
+def test_a_package_ends_a_command_as_it_would_a_process(
+    ended: str | int | None, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command() -> None:
+        raise SystemExit(ended)
+
+    assert console.outcome(command) == code
+    assert capsys.readouterr().err == (f"{ended}\n" if isinstance(ended, str) else "")
