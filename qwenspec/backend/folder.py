@@ -186,15 +186,14 @@ def _replace(package: Path, new: Mapping[str, bytes], present: Present, kept: tu
     beside.mkdir()
     try:
         _build(beside, package, new, present, kept)
-        old = _swap(beside, package) if package.exists() else None
-        if old is None:
+        if not package.exists():
             os.rename(beside, package)
-    except BaseException:
-        with contextlib.suppress(OSError):
+        elif not _exchanged(beside, package):
+            _move_away(package)
+            os.rename(beside, package)
+    finally:
+        with contextlib.suppress(OSError, SpecError):  # else the next write does
             _repair(package)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # else the next write does
 
 
 def _build(beside: Path, package: Path, new: Mapping[str, bytes], present: Present, kept: tuple[str, ...]) -> None:
@@ -225,27 +224,21 @@ def _linked(file: Path, place: Path) -> bool:
     return True
 
 
-def _swap(beside: Path, package: Path) -> Path:
-    """The two folders change places; where the old one is then."""
-    if _exchanged(beside, package):
-        return beside
-    old = _beside(package, "old")
-    _move_away(package, old)
-    os.rename(beside, package)
-    return old
-
-
-def _move_away(package: Path, old: Path) -> None:
+def _move_away(package: Path) -> None:
     """A container's file system does not rename a folder of its image: it is copied, and then goes, its manifest first,
     without which nobody takes what is left for a package."""
     try:
-        os.rename(package, old)
+        os.rename(package, _beside(package, "old"))
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copytree(package, old)
-        (package / MANIFEST).unlink()
+        part = _beside(package, "new")
+        shutil.copytree(package, part)
+        copied = part.with_suffix(".copied")
+        os.rename(part, copied)
+        (package / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(package)
+        os.rename(copied, copied.with_suffix(".old"))
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -262,25 +255,24 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def _beside(package: Path, ending: str) -> Path:
-    """A name that no other process uses."""
+    """A name that no other process uses. What has it may be removed (`new`), is the package while there is none
+    (`old`), or holds all that the package held before some of it was removed (`copied`)."""
     return package.with_name(f".{package.name}.{secrets.token_hex(8)}.{ending}")
 
 
 def _repair(package: Path) -> None:
-    """Removes what a process left that was ended while it wrote; where it had just moved the old version away, or was
-    about to, that comes back."""
-    name = re.compile(rf"\.{re.escape(package.name)}\.[0-9a-f]{{16}}\.(new|old)")
+    """Removes what a process left that was ended while it wrote; what it had moved away comes back."""
+    if package.is_symlink() or package.is_file():
+        return  # `read` tells it
+    name = re.compile(rf"\.{re.escape(package.name)}\.[0-9a-f]{{16}}\.(new|old|copied)")
     left = [path for path in package.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
     for path in left:
-        if path.suffix == ".old" and _is_gone(package, path):
-            shutil.rmtree(package, ignore_errors=True)
+        if path.suffix != ".new" and not package.exists():
             os.rename(path, package)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_gone(package: Path, old: Path) -> bool:
-    """There is nothing any more, or what is left of what has been copied to `old`."""
-    if os.path.lexists(package / MANIFEST) or not os.path.lexists(old / MANIFEST) or package.is_symlink():
-        return False
-    return not package.exists() or all(os.path.lexists(old / name) for name in _entries(package))
+            continue
+        if path.suffix == ".copied":
+            list(_entries(package))  # no links, which the copy would follow
+            shutil.copytree(path, package, dirs_exist_ok=True)
+        junk = path.with_suffix(".new")
+        os.rename(path, junk)
+        shutil.rmtree(junk, ignore_errors=True)

@@ -237,7 +237,7 @@ def swapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     rename = os.rename
 
     def within_an_image(a: Path, b: Path) -> None:
-        if str(b).endswith(".old"):
+        if a.name == "tiny":
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         rename(a, b)
 
@@ -297,6 +297,41 @@ def failed(package: Path) -> SpecError | None:
     except SpecError as error:
         return error
     return None
+
+
+@pytest.mark.parametrize("mine", [{"notes.txt": "n"}, {}])
+def test_what_was_there_without_a_package_outlives_a_kill(mine: Files, swapping: str, tmp_path: Path) -> None:
+    for number in range(1, 1000):
+        package = tmp_path / str(number) / "tiny"
+        package.mkdir(parents=True)
+        add(package, mine)
+        done = not killed_at(number, package)
+        write(package, NEW)
+        assert there(package) == NEW | mine
+        assert alone(package)
+        if done:
+            break
+    assert done
+
+
+@pytest.mark.parametrize("ending", ["old", "copied"])
+def test_what_was_moved_away_is_not_put_where_a_link_leads(ending: str, package: Path, tmp_path: Path) -> None:
+    away = package.rename(package.with_name(f".tiny_triton.{'0' * 16}.{ending}"))
+    package.mkdir()
+    inside = package if ending == "old" else package / "kernels"
+    link(inside, tmp_path)
+    with pytest.raises(SpecError, match=r"is a symbolic link"):
+        write(package, NEW)
+    assert there(away) == OLD | MINE
+    assert not (tmp_path / "b.py").exists()
+
+
+def test_what_was_added_to_the_rest_of_a_package_stays(package: Path) -> None:
+    package.rename(package.with_name(f".tiny_triton.{'0' * 16}.copied"))
+    add(package, {"a.py": OLD["a.py"], "later.txt": "l"})
+    write(package, NEW)
+    assert there(package) == NEW | MINE | {"later.txt": "l"}
+    assert alone(package)
 
 
 def test_writers_wait_for_one_another(tmp_path: Path) -> None:
