@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from qwenspec.backend.registry import MANIFEST
 from qwenspec.diagnostics import Diagnostic, SpecError, listed
 
 COMPILED = "__pycache__"  # Python makes it again
+PATIENCE = 60.0  # seconds; another process writes for less than one, but anyone may hold the lock
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -82,8 +84,8 @@ def read(package: Path, wanted: Mapping[str, str]) -> Present:
 def write(package: Path, files: Mapping[str, str]) -> Written:
     """Make the folder hold this version, all of it or nothing; a version that is there already is not touched.
 
-    Several processes wait for one another. Nothing is flushed to the disk: after a loss of power, generate again.
-    Raises SpecError when something else is in the way, or where one cannot write."""
+    Several processes wait for one another, at most PATIENCE. Nothing is flushed to the disk: after a loss of power,
+    generate again. Raises SpecError when something else is in the way, or where one cannot write."""
     out = package.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -172,13 +174,29 @@ def _alone(out: Path) -> Iterator[None]:
     """No other process writes packages there; the lock is on the folder itself, and ends with its holder."""
     handle = os.open(out, os.O_RDONLY)
     try:
-        with contextlib.suppress(ImportError, OSError):  # a system, or a network's file system, without locks
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, out)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, out: Path) -> None:
+    with contextlib.suppress(ImportError):  # a system without locks
+        import fcntl
+
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    hint = "wait until it is done, or choose another folder with --out"
+                    message = f"{out}: another process writes packages there"
+                    raise SpecError([Diagnostic("cannot-write", message, hint=hint)]) from None
+                time.sleep(0.01)
+            except OSError:  # a network's file system without locks
+                return
 
 
 def _replace(package: Path, new: Mapping[str, bytes], present: Present, kept: tuple[str, ...]) -> None:

@@ -151,8 +151,8 @@ WRITING_MUTANTS = (
     Mutant(
         "no_lock",
         FOLDER,
-        "            fcntl.flock(handle, fcntl.LOCK_EX)\n",
-        "            fcntl.flock(handle, fcntl.LOCK_SH)\n",
+        "fcntl.LOCK_EX | fcntl.LOCK_NB",
+        "fcntl.LOCK_SH | fcntl.LOCK_NB",
         "two processes that write one package remove each other's work",
         tests=OF_FOLDERS,
     ),

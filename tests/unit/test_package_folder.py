@@ -363,6 +363,14 @@ def test_a_writer_waits_until_another_is_done(package: Path) -> None:
     assert there(package) == NEW | MINE
 
 
+def test_a_lock_that_somebody_keeps_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "PATIENCE", 0.05)
+    with folder._alone(package.parent), pytest.raises(SpecError, match=r"another process writes packages there") as got:
+        write(package, NEW)
+    assert [diagnostic.code for diagnostic in got.value.diagnostics] == ["cannot-write"]
+    assert there(package) == OLD | MINE
+
+
 # --------------------------------------------------------------------------------------------------------- `gen`
 
 
