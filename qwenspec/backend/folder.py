@@ -18,7 +18,7 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -92,10 +92,10 @@ def write(package: Path, files: Mapping[str, str]) -> Written:
         with _alone(out):
             _repair(package)
             present = read(package, files)
-            _refuse_obstacles(package, present, files)
             new = {name: text.encode() for name, text in files.items()}
             stale = present.own - new.keys()
             kept = (*(name for name in present.others if name not in new), *sorted(stale & present.edited))
+            _refuse_obstacles(package, present, files, kept)
             if stale <= present.edited and all(present.files.get(name) == text for name, text in new.items()):
                 return Written(kept)
             _replace(package, new, present, kept)
@@ -145,8 +145,8 @@ def _content(file: Path) -> bytes | None:
         return opened.read()
 
 
-def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str]) -> None:
-    """What is in the place of a file, and not the package's nor the same."""
+def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str], kept: tuple[str, ...]) -> None:
+    """What is in the place of a file, and not the package's nor the same; and what Python would import instead."""
     if not present.own and any(name.endswith(".py") or name == MANIFEST for name in present.others):
         message = f"{package} holds files that this qwenspec did not write ({MANIFEST} lists none)"
         hint = "remove it, or choose another folder with --out"
@@ -156,8 +156,24 @@ def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str])
     inside = {str(parent) for name in present.others for parent in PurePosixPath(name).parents}
     if places := sorted((others & (files.keys() | above)) | (inside & files.keys())):
         message = f"in {package}, {listed(places, 'and')} is in the place of a generated file, and not one"
-        hint = "move it away, or choose another folder with --out"
-        raise SpecError([Diagnostic("not-generated", message, hint=hint)])
+    elif hiding := sorted(_hiding(kept, files)):
+        message = f"in {package}, {listed(hiding, 'and')} is what Python would import in place of a generated file"
+    else:
+        return
+    hint = "move it away, or choose another folder with --out"
+    raise SpecError([Diagnostic("not-generated", message, hint=hint)])
+
+
+def _hiding(kept: Iterable[str], files: Mapping[str, str]) -> Iterator[str]:
+    """Packages and compiled modules, which Python takes before a `.py` file of the same name."""
+    modules = {PurePosixPath(name).with_suffix("") for name in files if name.endswith(".py")}
+    for name in kept:
+        path = PurePosixPath(name)
+        module = path.with_name(path.name.partition(".")[0] or path.name)
+        compiled = path.suffix in (".so", ".pyd")
+        package = module.name == "__init__" and (compiled or path.suffix in (".py", ".pyc"))
+        if (compiled and module in modules) or (package and path.parent in modules):
+            yield name
 
 
 def _link(path: Path) -> SpecError:

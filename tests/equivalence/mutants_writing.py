@@ -141,6 +141,14 @@ WRITING_MUTANTS = (
         tests=OF_FOLDERS,
     ),
     Mutant(
+        "package_hides_a_module",
+        FOLDER,
+        " or (package and path.parent in modules):",
+        ":",
+        "Python imports somebody's folder in place of a generated module",
+        tests=OF_FOLDERS,
+    ),
+    Mutant(
         "new_version_in_steps",
         FOLDER,
         "        if not package.exists():\n            os.rename(beside, package)\n",

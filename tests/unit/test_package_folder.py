@@ -111,6 +111,34 @@ def test_what_is_in_the_place_of_a_new_file_stays_and_is_told(name: str, tmp_pat
     assert alone(package)
 
 
+HIDING = ["new/__init__.py", "new/__init__.abi3.so", "new.so", "new.cpython-311-x86_64-linux-gnu.so", "kernels/d.pyd"]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_python_would_import_instead_is_told(name: str, package: Path) -> None:
+    add(package, {name: "mine"})
+    with pytest.raises(SpecError, match=r"is what Python would import in place of a generated file") as got:
+        write(package, NEW)
+    assert f"`{name}`" in str(got.value)
+    assert there(package) == OLD | MINE | {name: "mine"}
+
+
+def test_an_edited_file_of_an_older_version_does_not_hide_a_module(tmp_path: Path) -> None:
+    package = tmp_path / "tiny"
+    old = {"new/__init__.py": "n = 1\n"}
+    write(package, old | {MANIFEST: dump_manifest({"backend": "none", "files": folder.hashes(old)})})
+    (package / "new" / "__init__.py").write_text("n = 7\n")
+    with pytest.raises(SpecError, match=r"`new/__init__\.py` is what Python would import"):
+        write(package, NEW)
+
+
+def test_what_python_would_not_import_instead_is_kept(package: Path) -> None:
+    names = ["new/notes.py", "new/data.so", "kernels/new.so", "new.pyc", "renewed.so", "docs/__init__.py", ".so"]
+    add(package, dict.fromkeys(names, "mine"))
+    write(package, NEW)
+    assert there(package) == NEW | MINE | dict.fromkeys(names, "mine")
+
+
 def test_the_same_file_is_not_in_the_way(package: Path) -> None:
     add(package, {"new.py": NEW["new.py"]})
     write(package, NEW)
