@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.ir.quantized import blocks, stored_tensors
 from qwenspec.spec.document import Spec
-from qwenspec.spec.load import load_all
+from qwenspec.spec.load import load_right
 
 MOST = 200  # variants that are tried
 
@@ -46,10 +47,14 @@ def fitting_variants(file: str | Path, folder: Path) -> list[str]:
     """The variants of a spec file whose tensors are those in a checkpoint folder; none where either cannot be read."""
     try:
         stored = read_headers(choose_files(folder).files)
-        models = [lower(spec) for spec in load_all(file)[:MOST]]
+        specs = load_right(file)[:MOST]
     except (CheckpointError, SpecError):
         return []
-    return [model.name for model in models if not problems(model, stored)]
+    names = []
+    for spec in specs:
+        with contextlib.suppress(SpecError):  # it cannot be lowered
+            names += [spec.variant] if not problems(lower(spec), stored) else []
+    return names
 
 
 def way_out(file: str | Path, folder: Path) -> str:

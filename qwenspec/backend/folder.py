@@ -17,7 +17,8 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -25,6 +26,7 @@ from qwenspec.backend.registry import MANIFEST
 from qwenspec.diagnostics import Diagnostic, SpecError, listed
 
 COMPILED = "__pycache__"  # Python makes it again
+PATIENCE = 60.0  # seconds; another process writes for less than one, but anyone may hold the lock
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
 
@@ -82,18 +84,18 @@ def read(package: Path, wanted: Mapping[str, str]) -> Present:
 def write(package: Path, files: Mapping[str, str]) -> Written:
     """Make the folder hold this version, all of it or nothing; a version that is there already is not touched.
 
-    Several processes wait for one another. Nothing is flushed to the disk: after a loss of power, generate again.
-    Raises SpecError when something else is in the way, or where one cannot write."""
+    Several processes wait for one another, at most PATIENCE. Nothing is flushed to the disk: after a loss of power,
+    generate again. Raises SpecError when something else is in the way, or where one cannot write."""
     out = package.parent
     try:
         out.mkdir(parents=True, exist_ok=True)
         with _alone(out):
             _repair(package)
             present = read(package, files)
-            _refuse_obstacles(package, present, files)
             new = {name: text.encode() for name, text in files.items()}
             stale = present.own - new.keys()
             kept = (*(name for name in present.others if name not in new), *sorted(stale & present.edited))
+            _refuse_obstacles(package, present, files, kept)
             if stale <= present.edited and all(present.files.get(name) == text for name, text in new.items()):
                 return Written(kept)
             _replace(package, new, present, kept)
@@ -143,8 +145,8 @@ def _content(file: Path) -> bytes | None:
         return opened.read()
 
 
-def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str]) -> None:
-    """What is in the place of a file, and not the package's nor the same."""
+def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str], kept: tuple[str, ...]) -> None:
+    """What is in the place of a file, and not the package's nor the same; and what Python would import instead."""
     if not present.own and any(name.endswith(".py") or name == MANIFEST for name in present.others):
         message = f"{package} holds files that this qwenspec did not write ({MANIFEST} lists none)"
         hint = "remove it, or choose another folder with --out"
@@ -154,8 +156,24 @@ def _refuse_obstacles(package: Path, present: Present, files: Mapping[str, str])
     inside = {str(parent) for name in present.others for parent in PurePosixPath(name).parents}
     if places := sorted((others & (files.keys() | above)) | (inside & files.keys())):
         message = f"in {package}, {listed(places, 'and')} is in the place of a generated file, and not one"
-        hint = "move it away, or choose another folder with --out"
-        raise SpecError([Diagnostic("not-generated", message, hint=hint)])
+    elif hiding := sorted(_hiding(kept, files)):
+        message = f"in {package}, {listed(hiding, 'and')} is what Python would import in place of a generated file"
+    else:
+        return
+    hint = "move it away, or choose another folder with --out"
+    raise SpecError([Diagnostic("not-generated", message, hint=hint)])
+
+
+def _hiding(kept: Iterable[str], files: Mapping[str, str]) -> Iterator[str]:
+    """Packages and compiled modules, which Python takes before a `.py` file of the same name."""
+    modules = {PurePosixPath(name).with_suffix("") for name in files if name.endswith(".py")}
+    for name in kept:
+        path = PurePosixPath(name)
+        module = path.with_name(path.name.partition(".")[0] or path.name)
+        compiled = path.suffix in (".so", ".pyd")
+        package = module.name == "__init__" and (compiled or path.suffix in (".py", ".pyc"))
+        if (compiled and module in modules) or (package and path.parent in modules):
+            yield name
 
 
 def _link(path: Path) -> SpecError:
@@ -172,13 +190,29 @@ def _alone(out: Path) -> Iterator[None]:
     """No other process writes packages there; the lock is on the folder itself, and ends with its holder."""
     handle = os.open(out, os.O_RDONLY)
     try:
-        with contextlib.suppress(ImportError, OSError):  # a system, or a network's file system, without locks
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle, out)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int, out: Path) -> None:
+    with contextlib.suppress(ImportError):  # a system without locks
+        import fcntl
+
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    hint = "wait until it is done, or choose another folder with --out"
+                    message = f"{out}: another process writes packages there"
+                    raise SpecError([Diagnostic("cannot-write", message, hint=hint)]) from None
+                time.sleep(0.01)
+            except OSError:  # a network's file system without locks
+                return
 
 
 def _replace(package: Path, new: Mapping[str, bytes], present: Present, kept: tuple[str, ...]) -> None:
@@ -186,15 +220,14 @@ def _replace(package: Path, new: Mapping[str, bytes], present: Present, kept: tu
     beside.mkdir()
     try:
         _build(beside, package, new, present, kept)
-        old = _swap(beside, package) if package.exists() else None
-        if old is None:
+        if not package.exists():
             os.rename(beside, package)
-    except BaseException:
-        with contextlib.suppress(OSError):
+        elif not _exchanged(beside, package):
+            _move_away(package)
+            os.rename(beside, package)
+    finally:
+        with contextlib.suppress(OSError, SpecError):  # else the next write does
             _repair(package)
-        raise
-    if old is not None:
-        shutil.rmtree(old, ignore_errors=True)  # else the next write does
 
 
 def _build(beside: Path, package: Path, new: Mapping[str, bytes], present: Present, kept: tuple[str, ...]) -> None:
@@ -225,27 +258,21 @@ def _linked(file: Path, place: Path) -> bool:
     return True
 
 
-def _swap(beside: Path, package: Path) -> Path:
-    """The two folders change places; where the old one is then."""
-    if _exchanged(beside, package):
-        return beside
-    old = _beside(package, "old")
-    _move_away(package, old)
-    os.rename(beside, package)
-    return old
-
-
-def _move_away(package: Path, old: Path) -> None:
+def _move_away(package: Path) -> None:
     """A container's file system does not rename a folder of its image: it is copied, and then goes, its manifest first,
     without which nobody takes what is left for a package."""
     try:
-        os.rename(package, old)
+        os.rename(package, _beside(package, "old"))
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        shutil.copytree(package, old)
-        (package / MANIFEST).unlink()
+        part = _beside(package, "new")
+        shutil.copytree(package, part)
+        copied = part.with_suffix(".copied")
+        os.rename(part, copied)
+        (package / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(package)
+        os.rename(copied, copied.with_suffix(".old"))
 
 
 def _exchanged(a: Path, b: Path) -> bool:
@@ -262,25 +289,24 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def _beside(package: Path, ending: str) -> Path:
-    """A name that no other process uses."""
+    """A name that no other process uses. What has it may be removed (`new`), is the package while there is none
+    (`old`), or holds all that the package held before some of it was removed (`copied`)."""
     return package.with_name(f".{package.name}.{secrets.token_hex(8)}.{ending}")
 
 
 def _repair(package: Path) -> None:
-    """Removes what a process left that was ended while it wrote; where it had just moved the old version away, or was
-    about to, that comes back."""
-    name = re.compile(rf"\.{re.escape(package.name)}\.[0-9a-f]{{16}}\.(new|old)")
+    """Removes what a process left that was ended while it wrote; what it had moved away comes back."""
+    if package.is_symlink() or package.is_file():
+        return  # `read` tells it
+    name = re.compile(rf"\.{re.escape(package.name)}\.[0-9a-f]{{16}}\.(new|old|copied)")
     left = [path for path in package.parent.iterdir() if name.fullmatch(path.name) and not path.is_symlink()]
     for path in left:
-        if path.suffix == ".old" and _is_gone(package, path):
-            shutil.rmtree(package, ignore_errors=True)
+        if path.suffix != ".new" and not package.exists():
             os.rename(path, package)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_gone(package: Path, old: Path) -> bool:
-    """There is nothing any more, or what is left of what has been copied to `old`."""
-    if os.path.lexists(package / MANIFEST) or not os.path.lexists(old / MANIFEST) or package.is_symlink():
-        return False
-    return not package.exists() or all(os.path.lexists(old / name) for name in _entries(package))
+            continue
+        if path.suffix == ".copied":
+            list(_entries(package))  # no links, which the copy would follow
+            shutil.copytree(path, package, dirs_exist_ok=True)
+        junk = path.with_suffix(".new")
+        os.rename(path, junk)
+        shutil.rmtree(junk, ignore_errors=True)

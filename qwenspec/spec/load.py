@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable
 from dataclasses import replace
@@ -41,6 +42,17 @@ def load_all(path: str | Path) -> list[Spec]:
     files = Files()
     file = files.open(str(path))
     return _specs(files, file, file.variants())
+
+
+def load_right(path: str | Path) -> list[Spec]:
+    """The specs of those variants that have no mistake. Raises SpecError when the file cannot be parsed."""
+    files = Files()
+    file = files.open(str(path))
+    specs: list[Spec] = []
+    for name, entry in file.variants().items():
+        with contextlib.suppress(SpecError):
+            specs += _specs(files, file, {name: entry})
+    return specs
 
 
 def variants(path: str | Path) -> list[str]:

@@ -203,6 +203,9 @@ def test_another_variant_s_checkpoint_is_known(folder, tmp_path_factory):
     assert fitting_variants(file, path) == ["short"]
     assert fitting_variants(file, path / "absent") == []
     assert fitting_variants(path / "absent.yaml", path) == []
+    bad = file.with_name("bad.yaml")
+    bad.write_text(file.read_text().replace("num_hidden_layers: 3", "num_hidden_layers: -3"))
+    assert fitting_variants(bad, path) == ["short"]
     package = qwenspec.emit(qwenspec.load(str(file)), backend="triton", out=file.parent)
     with pytest.raises(SpecError) as caught:
         qwenspec.open_runner(package, weights=path)

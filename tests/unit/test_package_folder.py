@@ -111,6 +111,34 @@ def test_what_is_in_the_place_of_a_new_file_stays_and_is_told(name: str, tmp_pat
     assert alone(package)
 
 
+HIDING = ["new/__init__.py", "new/__init__.abi3.so", "new.so", "new.cpython-311-x86_64-linux-gnu.so", "kernels/d.pyd"]
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_what_python_would_import_instead_is_told(name: str, package: Path) -> None:
+    add(package, {name: "mine"})
+    with pytest.raises(SpecError, match=r"is what Python would import in place of a generated file") as got:
+        write(package, NEW)
+    assert f"`{name}`" in str(got.value)
+    assert there(package) == OLD | MINE | {name: "mine"}
+
+
+def test_an_edited_file_of_an_older_version_does_not_hide_a_module(tmp_path: Path) -> None:
+    package = tmp_path / "tiny"
+    old = {"new/__init__.py": "n = 1\n"}
+    write(package, old | {MANIFEST: dump_manifest({"backend": "none", "files": folder.hashes(old)})})
+    (package / "new" / "__init__.py").write_text("n = 7\n")
+    with pytest.raises(SpecError, match=r"`new/__init__\.py` is what Python would import"):
+        write(package, NEW)
+
+
+def test_what_python_would_not_import_instead_is_kept(package: Path) -> None:
+    names = ["new/notes.py", "new/data.so", "kernels/new.so", "new.pyc", "renewed.so", "docs/__init__.py", ".so"]
+    add(package, dict.fromkeys(names, "mine"))
+    write(package, NEW)
+    assert there(package) == NEW | MINE | dict.fromkeys(names, "mine")
+
+
 def test_the_same_file_is_not_in_the_way(package: Path) -> None:
     add(package, {"new.py": NEW["new.py"]})
     write(package, NEW)
@@ -237,7 +265,7 @@ def swapping(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     rename = os.rename
 
     def within_an_image(a: Path, b: Path) -> None:
-        if str(b).endswith(".old"):
+        if a.name == "tiny":
             raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
         rename(a, b)
 
@@ -299,6 +327,41 @@ def failed(package: Path) -> SpecError | None:
     return None
 
 
+@pytest.mark.parametrize("mine", [{"notes.txt": "n"}, {}])
+def test_what_was_there_without_a_package_outlives_a_kill(mine: Files, swapping: str, tmp_path: Path) -> None:
+    for number in range(1, 1000):
+        package = tmp_path / str(number) / "tiny"
+        package.mkdir(parents=True)
+        add(package, mine)
+        done = not killed_at(number, package)
+        write(package, NEW)
+        assert there(package) == NEW | mine
+        assert alone(package)
+        if done:
+            break
+    assert done
+
+
+@pytest.mark.parametrize("ending", ["old", "copied"])
+def test_what_was_moved_away_is_not_put_where_a_link_leads(ending: str, package: Path, tmp_path: Path) -> None:
+    away = package.rename(package.with_name(f".tiny_triton.{'0' * 16}.{ending}"))
+    package.mkdir()
+    inside = package if ending == "old" else package / "kernels"
+    link(inside, tmp_path)
+    with pytest.raises(SpecError, match=r"is a symbolic link"):
+        write(package, NEW)
+    assert there(away) == OLD | MINE
+    assert not (tmp_path / "b.py").exists()
+
+
+def test_what_was_added_to_the_rest_of_a_package_stays(package: Path) -> None:
+    package.rename(package.with_name(f".tiny_triton.{'0' * 16}.copied"))
+    add(package, {"a.py": OLD["a.py"], "later.txt": "l"})
+    write(package, NEW)
+    assert there(package) == NEW | MINE | {"later.txt": "l"}
+    assert alone(package)
+
+
 def test_writers_wait_for_one_another(tmp_path: Path) -> None:
     package = tmp_path / "tiny"
     children = []
@@ -326,6 +389,14 @@ def test_a_writer_waits_until_another_is_done(package: Path) -> None:
         assert there(package) == OLD | MINE
     waiting.join()
     assert there(package) == NEW | MINE
+
+
+def test_a_lock_that_somebody_keeps_is_told(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "PATIENCE", 0.05)
+    with folder._alone(package.parent), pytest.raises(SpecError, match=r"another process writes packages there") as got:
+        write(package, NEW)
+    assert [diagnostic.code for diagnostic in got.value.diagnostics] == ["cannot-write"]
+    assert there(package) == OLD | MINE
 
 
 # --------------------------------------------------------------------------------------------------------- `gen`
