@@ -31,6 +31,7 @@ MORE: dict[str, tuple[Any, dict[str, Any]]] = {
     "full precision": (None, merge(QWEN3, merge(BIASES, merge(HEADS, ODD)))),
     "full precision, fused on disk": (None, merge(QWEN1, ODD)),
     "full precision, tied": (None, merge(QWEN2, merge(TIED, HEADS))),
+    "full precision, more ranks than features": (None, merge(QWEN3, merge(HEADS, {"intermediate_size": 5}))),
     "int8, heads cut between ranks": ({"scheme": "int8"}, merge(QWEN3, merge(BIASES, merge(HEADS, ODD)))),
     "int4, ragged groups": ({"scheme": "int4", "group_size": 8}, merge(QWEN3, merge(HEADS, {"intermediate_size": 53}))),
     "awq, heads of 8": (

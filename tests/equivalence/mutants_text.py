@@ -238,9 +238,17 @@ TEMPLATE_MUTANTS = (
     Mutant(
         "joined_texts_of_any_size",
         CHAT,
-        "        _bounded(sum(map(len, texts)))\n",
+        "        _bounded(sum(map(_length, parts)))\n",
         "",
         "a text that doubles forty times fills the memory",
+        tests=IN_CHAT,
+    ),
+    Mutant(
+        "padding_of_percent_signs",
+        CHAT,
+        "        return _formatted(left, right)\n",
+        "        return 0\n",
+        "'%900000000s' % 'x' is a gigabyte",
         tests=IN_CHAT,
     ),
     Mutant(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -161,6 +162,8 @@ def test_token_ids_are_read_as_they_are() -> None:
     for ids in (good.bool(), good.float(), good.byte(), good[:0], good[None]):
         with pytest.raises(ValueError, match="ids are int32 or int64"):
             check_integers(ids, "ids", 10)
+    with pytest.raises(ValueError, match="ids are a tensor of torch, and not a ndarray"):
+        check_integers(np.array([1, 2]), "ids", 10)
     for wrong in (-1, 10, 2**32 + 1):
         with pytest.raises(ValueError, match=f"ids: {wrong} is not in 0 … 9"):
             check_integers(torch.tensor([3, wrong]), "ids", 10)

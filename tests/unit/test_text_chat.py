@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ ERRORS = [
     ("{% for a in range(10**12) %}x{% endfor %}", 1, "Range too big"),
     ("{{ 'a' * 10**11 }}", 1, "more than 67,108,864"),
     ("{{ 10**8 * [0] }}", 1, "more than 67,108,864"),
-    ("{{ 9**(9**9) }}", 1, "more than 67,108,864"),
+    ("{{ 9**(9**9) }}", 1, "an integer of more than 65,536 bits"),
     ("{{ 'x' | center(10**9) }}", 1, "more than 67,108,864"),
     ("{{ 'x'.ljust(10**9) }}", 1, "more than 67,108,864"),
     ("{{ messages | tojson(indent=10**9) }}", 1, "more than 67,108,864"),
@@ -191,6 +192,85 @@ def test_a_template_that_takes_too_long(template: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(chat, "SECONDS", 0.0)
     with pytest.raises(TextError, match=r"chat_template\.jinja, line 1: it does not end within 0 seconds"):
         text.chat(ONE)
+
+
+LARGE = [
+    "'%900000000s' % 'x'",
+    "'%*d' % (900000000, 1)",
+    "'%900000000s' | format('x')",
+    "'%(a)s%(a)s' | format(a=t)",
+    "'{:>900000000}'.format('x')",
+    "'{:>{w}}'.format('x', w=900000000)",
+    "'{0}{0}'.format(t)",
+    "'{a}{a}'.format_map({'a': t})",
+    "'\\t'.expandtabs(tabsize=900000000)",
+    "'x'.encode().ljust(900000000)",
+    "(1).to_bytes(length=900000000)",
+    "'x'.zfill(900000000)",
+    "t.join(['a', 'b', 'c'])",
+    "'a,a'.translate({97: t})",
+    "'aaa'.replace('a', t)",
+    "'aaa'.encode().replace('a'.encode(), t.encode())",
+    "([t] * 2) | join",
+    "[{'a': t}, {'a': t}] | join(attribute='a')",
+    "[0, 1, 2] | join(t)",
+    "'aaa' | replace('a', t)",
+    "('\\n' * 100) | indent(1000000)",
+    "('\\n' * 9) | indent(t)",
+    "'x' | center(width=900000000)",
+    "'a b c' | wordwrap(1, wrapstring=t)",
+    "'www.a.de www.a.de' | urlize(target=t)",
+    "[1] | tojson(indent=900000000)",
+    "[1, 2, 3] | tojson(separators=(t, t))",
+    "([t] * 2) | tojson",
+    "([t] * 2) | string",
+    "([t] * 2) | pprint",
+    "([t] * 2) | escape",
+    "([t] * 2) ~ ''",
+    "[t] * 2",
+    "{'a': t, 'b': t} | xmlattr",
+    "{'a': t, 'b': t} | urlencode",
+    "[[0]] | slice(90000000) | list",
+    "[[0]] | batch(90000000, 0) | list",
+    "([[0] * 40000000] * 2) | sum(start=[])",
+    "3 ** 12000000",
+    "1 | round(-900000000)",
+    "1 | round(900000000, 'ceil')",
+    "lipsum(90000000)",
+]
+
+
+@pytest.mark.parametrize("value", LARGE)
+def test_nothing_makes_more_than_a_template_may(value: str) -> None:
+    """Asked for with a text of 40 million characters, it is refused before there is more."""
+    source = f"{{% set t = 'x' * 40000000 %}}{{% set y = {value} %}}{{{{ y }}}}"
+    tracemalloc.start()
+    try:
+        with pytest.raises(TextError, match=r"more than (67,108,864|65,536) "):
+            chat.render(chat.Template(source, "template"), [], {})
+        assert tracemalloc.get_traced_memory()[1] < 7e8
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("'%5s|%-3d' % ('x', 1700000000)", "    x|1700000000"),
+        ("'{:>3}{n:02}'.format('x', n=10**10)", "  x10000000000"),
+        ("[{'a': 1}, {'a': 2}] | join('-', attribute='a')", "1-2"),
+        ("[{'a': 1}, {'a': 2}] | sum('a', 5)", "8"),
+        ("[[1], [2]] | sum(start=[])", "[1, 2]"),
+        ("2.345 | round(2, 'floor')", "2.34"),
+        ("{'b': ['é', 1.5], 'a': none} | tojson(sort_keys=true)", '{"a": null, "b": ["é", 1.5]}'),
+        ("'a\\nb' | indent(2)", "a\n  b"),
+        ("'a,b' | replace(',', '')", "ab"),
+        ("1700000000 * 1000", "1700000000000"),
+        ("['a', 'b'] | map('center', 3) | join", " a  b "),
+    ],
+)
+def test_what_is_bounded_is_computed_as_ever(value: str, text: str) -> None:
+    assert chat.render(chat.Template(f"{{{{ {value} }}}}", "template"), [], {}) == text
 
 
 def test_files_are_utf_8_whatever_the_locale(tmp_path: Path) -> None:

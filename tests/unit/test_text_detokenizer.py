@@ -111,3 +111,8 @@ def test_a_stop_string_says_something() -> None:
     for stop, reason in (("", "a stop string is empty"), ("\udcff", "the text is not UTF-8")):
         with pytest.raises(TextError, match=reason):
             TextStream(TEXT, [stop])
+
+
+def test_one_text_is_not_several_stops() -> None:
+    with pytest.raises(TextError, match=r"stop is several texts, as \['END'\]"):
+        TextStream(TEXT, "END")

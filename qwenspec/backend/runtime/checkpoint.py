@@ -88,6 +88,8 @@ class Checkpoint:
         finite: whether an array has neither NaN nor infinity; raises CheckpointError where one has.
         Of several ranks, one may have fewer rows or columns than the parameter has room for: the rest is zeros."""
         columns = parameter.shared.column_piece(parameter.degree, parameter.rank)
+        if columns.start == columns.stop:
+            return
         for tensor, piece in parameter.pieces():
             found = self.stored[tensor]
             index = (slice(columns.start, columns.stop),) if len(found.shape) > 1 else ()
