@@ -392,7 +392,7 @@ def test_kernels_are_clean_in_every_combination(tmp_path: Path, monkeypatch: pyt
             assert "# flag" not in text
             assert not set(flags) & set(re.findall(r"\w+", text))
             assert text == kernel_variants.folded(file, **flags)
-    assert len(list(tmp_path.iterdir())) == 99
+    assert len(list(tmp_path.iterdir())) == 114
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--no-cache", "--select", "F,E9", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout

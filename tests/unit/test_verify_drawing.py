@@ -228,7 +228,7 @@ def test_quantised_specs_are_of_the_schemes_asked_for() -> None:
 
 
 def test_groups_and_blocks_are_smaller_than_matrices() -> None:
-    for scheme in set(QUANTIZATIONS) - {"int8"}:
+    for scheme in set(QUANTIZATIONS) - {"int8", "fp8"}:  # which have rows or matrices, and no groups
         drawn = [spec for n in range(4) for spec in draw(8, n, quantizations=(scheme,))]
         matrices = [matrix for spec in drawn for matrix in quantized_matrices(spec).values()]
         assert np.mean([matrix.columns > matrix.group_size for matrix in matrices]) > 0.5, scheme
