@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from .answers import answer
 from .console import note, warn
@@ -159,9 +159,10 @@ def _report(found: Answer, stats: bool) -> dict[str, object]:
 def _turns() -> Iterator[str]:
     """Lines of standard input that say something."""
     while True:
-        if sys.stdin.isatty():
+        stdin = _stdin()
+        if stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.buffer.readline()
+        line = stdin.buffer.readline()
         if not line:
             return
         if said := _decoded(line).strip():
@@ -170,7 +171,13 @@ def _turns() -> Iterator[str]:
 
 def _standard_input() -> str:
     """Without the line's end that a shell puts last."""
-    return _decoded(sys.stdin.buffer.read()).removesuffix("\n").removesuffix("\r")
+    return _decoded(_stdin().buffer.read()).removesuffix("\n").removesuffix("\r")
+
+
+def _stdin() -> TextIO:
+    if sys.stdin is None:
+        raise TextError("there is no standard input")
+    return sys.stdin
 
 
 def _decoded(data: bytes) -> str:

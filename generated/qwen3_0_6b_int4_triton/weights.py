@@ -37,8 +37,11 @@ def read(checkpoint: Checkpoint, parameter: Parameter, dtype: torch.dtype, devic
     """What the rank has of a parameter, its sources below one another, and zeros where that is less than its share."""
     new = torch.empty if parameter.degree == 1 else torch.zeros
     filled = new(parameter.shape, dtype=dtype, device=device)
-    for row, piece in checkpoint.pieces(parameter, "pt", finite):
-        filled[row : row + len(piece)][..., : piece.shape[-1]].copy_(piece)
+    for row, piece in checkpoint.pieces(parameter, "pt"):
+        rows = filled[row : row + len(piece)]
+        rows[..., : piece.shape[-1]].copy_(piece)
+        if not finite(rows):  # asked of the copy, which is in the processor's caches and not in a file's mapping
+            raise checkpoint.not_finite(parameter, row)
     return filled
 
 

@@ -100,16 +100,25 @@ class PagedKVCache:
         new tokens, which is smaller than its own, or -1 if it follows the sequence. It then sees its ancestors, at its
         depth's position. commit_tree must follow before the next forward."""
         forward = self.sequences.begin_forward(seq_ids, lengths, tree_parents)
-        ids = [self._ids[seq_id] for seq_id in seq_ids]
-        batch = [Shape(tuple(ids)), Shape(tuple(map(int, lengths)))]
-        if _branch(forward.sequences):
-            batch.append(Shape(tuple(map(int, tree_parents or ()))))
-        _call("kv_state_begin_forward", self.state, *batch)
-        if len(batch) == 3:
-            # A commit reads what is otherwise prepared in the forward, which may never come.
-            _call("attention_kv_cache_get_query_positions", self.state)
-        self._open_ids = ids
-        self._tree_ids = ids if self.sequences.waiting else []
+        began = False
+        try:
+            self._open_ids = [self._ids[seq_id] for seq_id in seq_ids]
+            self._tree_ids = self._open_ids if self.sequences.waiting else []
+            batch = [Shape(tuple(self._open_ids)), Shape(tuple(map(int, lengths)))]
+            if _branch(forward.sequences):
+                batch.append(Shape(tuple(map(int, tree_parents or ()))))
+            _call("kv_state_begin_forward", self.state, *batch)
+            began = True
+            if len(batch) == 3:
+                # A commit reads what is otherwise prepared in the forward, which may never come.
+                _call("attention_kv_cache_get_query_positions", self.state)
+        except BaseException:  # no memory on the device, or Ctrl-C
+            if began:
+                self.cancel_forward()
+            else:
+                self.sequences.cancel_forward()
+                self._tree_ids = []
+            raise
 
     def end_forward(self) -> None:
         """Close what begin_forward opened."""

@@ -101,8 +101,9 @@ class Sequences:
         self.forward: Forward | None = None  # between begin_forward and end_forward or cancel_forward
         self.waiting: list[tuple[int, CachedSequence]] = []  # ids and sequences of the last forward, if it had trees
         self._sequences: dict[int, CachedSequence] = {}
-        # A heap: low pages go first, so that a lone sequence lies in one piece.
-        self._free = list(range(self.num_pages))
+        # Low pages go first, so that a lone sequence lies in one piece.
+        self._given_back: list[int] = []  # a heap
+        self._unused = 0  # this page and those after it were never taken
         self._users: Counter[int] = Counter()  # sequences that hold a page
 
     def add(self, seq_id: int, prompt_length: int | None = None) -> None:
@@ -134,7 +135,7 @@ class Sequences:
         if at > source.length:
             raise ValueError(f"cannot fork sequence {parent} at {at}: it has {source.length} tokens")
         full, rest = divmod(at, self.page_size)
-        self._check_free(1 if rest else 0, len(self._free))
+        self._check_free(1 if rest else 0, self.free_pages)
         copy = CachedSequence(at, source.pages[:full])
         self._users.update(copy.pages)
         self._sequences[child] = copy
@@ -153,7 +154,7 @@ class Sequences:
         shared = rest > 0 and self._users[sequence.pages[full]] > 1
         if shared:
             freed = sum(self._users[page] == 1 for page in sequence.pages[full + 1 :])
-            self._check_free(1, len(self._free) + freed)
+            self._check_free(1, self.free_pages + freed)
         sequence.length -= n
         self._give_back(sequence, full + 1 if rest else full)
         if not shared:
@@ -170,7 +171,7 @@ class Sequences:
         sequences = self._check_forward(seq_ids, lengths)
         trees = None if tree_parents is None else self._check_trees(seq_ids, lengths, tree_parents)
         growth = [-(-(s.length + n) // self.page_size) - len(s.pages) for s, n in zip(sequences, lengths, strict=True)]
-        free = len(self._free)
+        free = self.free_pages
         self._check_free(sum(growth), free)
         for i, (sequence, pages, n) in enumerate(zip(sequences, growth, lengths, strict=True)):
             sequence.pages += [self._take_page() for _ in range(pages)]
@@ -248,7 +249,7 @@ class Sequences:
 
     @property
     def free_pages(self) -> int:
-        return len(self._free)
+        return len(self._given_back) + self.num_pages - self._unused
 
     # ------------------------------------------------------------------------------------------------- checks
 
@@ -328,7 +329,11 @@ class Sequences:
             )
 
     def _take_page(self) -> int:
-        page = heapq.heappop(self._free)
+        if self._given_back:
+            page = heapq.heappop(self._given_back)
+        else:
+            page = self._unused
+            self._unused += 1
         self._users[page] = 1
         return page
 
@@ -336,7 +341,7 @@ class Sequences:
         for page in pages:
             self._users[page] -= 1
             if not self._users[page]:
-                heapq.heappush(self._free, page)
+                heapq.heappush(self._given_back, page)
 
     def _give_back(self, sequence: CachedSequence, kept: int = 0) -> None:
         """All pages of a sequence but the first `kept`."""

@@ -11,7 +11,7 @@ anything is allocated, and a rank reads its own share, a piece at a time, so tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +76,13 @@ class Checkpoint:
     parameters: list[Parameter]
     stored: dict[str, Stored]
 
-    def pieces(self, parameter: Parameter, framework: str, finite: Callable[[Any], bool]) -> Iterator[tuple[int, Any]]:
+    def pieces(self, parameter: Parameter, framework: str) -> Iterator[tuple[int, Any]]:
         """A parameter's rows from the top, some at a time: the index of the first, and they as `framework`'s array.
 
-        finite: whether an array has neither NaN nor infinity; raises CheckpointError where one has.
         Of several ranks, one may have fewer rows or columns than the parameter has room for: the rest is zeros."""
         columns = parameter.shared.column_piece(parameter.degree, parameter.rank)
+        if columns.start == columns.stop:
+            return
         for tensor, piece in parameter.pieces():
             found = self.stored[tensor]
             index = (slice(columns.start, columns.stop),) if len(found.shape) > 1 else ()
@@ -90,11 +91,15 @@ class Checkpoint:
                 # Opened anew for each piece: closing the file drops its pages, which count as this process's memory.
                 with safe_open(found.file, framework=framework) as tensors:
                     rows = slice(start, min(start + step, piece.stop))
-                    values = tensors.get_slice(found.name)[(rows, *index)]
-                    if not finite(values):  # asked now that it is in the processor's caches
-                        where = f"{found.file.name}, rows {rows.start} … {rows.stop - 1}"
-                        raise CheckpointError(f"{found.name} holds NaN or infinite numbers ({where})")
-                    yield piece.at + start - piece.start, values
+                    yield piece.at + start - piece.start, tensors.get_slice(found.name)[(rows, *index)]
+
+    def not_finite(self, parameter: Parameter, row: int) -> CheckpointError:
+        """What to raise where the piece that begins with this row has NaN or infinite numbers."""
+        held = ((tensor, piece, row - piece.at + piece.start) for tensor, piece in parameter.pieces())
+        tensor, start = next((tensor, start) for tensor, piece, start in held if piece.start <= start < piece.stop)
+        found = self.stored[tensor]
+        what = "holds numbers that are NaN, infinite or too large for the model's dtype"
+        return CheckpointError(f"{found.name} {what} ({found.file.name}, from row {start} on)")
 
 
 def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Checkpoint:

@@ -31,6 +31,8 @@ def check_integers(numbers: Any, name: str, end: int) -> None:
     shape = list(getattr(numbers, "shape", ()))
     if dtype not in INTEGERS or len(shape) != 1 or not shape[0]:
         raise ValueError(f"{name} are int32 or int64 [n], at least one, and not {dtype} {shape}")
+    if not hasattr(numbers, "is_cuda"):
+        raise ValueError(f"{name} are a tensor of torch, and not a {type(numbers).__name__}")
     if numbers.is_cuda:
         return
     if numbers.min() < 0 or numbers.max() >= end:

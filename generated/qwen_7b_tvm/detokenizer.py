@@ -14,6 +14,8 @@ class TextStream:
     """The text of tokens that come one by one, until one of the texts `stop`."""
 
     def __init__(self, text: Text, stop: Sequence[str] = ()) -> None:
+        if isinstance(stop, str):
+            raise TextError(f"stop is several texts, as [{stop!r}]")
         if not all(stop):
             raise TextError("a stop string is empty")
         self._text = text

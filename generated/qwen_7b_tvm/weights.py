@@ -77,7 +77,9 @@ def _read(checkpoint: Checkpoint, described: dict[str, Any], buffer: np.ndarray,
 def _fill(array: np.ndarray, checkpoint: Checkpoint, parameter: Parameter) -> None:
     """What a rank has no rows or columns for stays zero."""
     packed = array.ndim > len(parameter.shape)
-    for row, piece in checkpoint.pieces(parameter, "np", finite):
+    for row, piece in checkpoint.pieces(parameter, "np"):
+        if not finite(piece):
+            raise checkpoint.not_finite(parameter, row)
         if packed:
             pack_into(array[:, : piece.shape[1]], _cast(piece, array.dtype), row)
         else:

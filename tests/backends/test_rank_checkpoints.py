@@ -159,7 +159,7 @@ def parameters(module: ModuleType, folder: Path, rank: int, degree: int) -> dict
     found = {}
     for parameter in checkpoint.parameters:
         array = np.zeros(parameter.shape, np.float32)
-        for row, piece in checkpoint.pieces(parameter, "np", lambda _: True):
+        for row, piece in checkpoint.pieces(parameter, "np"):
             rows = array[row : row + len(piece)]
             (rows[:, : piece.shape[1]] if piece.ndim == 2 else rows)[...] = piece
         found[parameter.name] = array

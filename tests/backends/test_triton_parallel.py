@@ -6,6 +6,7 @@ One package serves every number of ranks; what one computes is compared to a ref
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -181,7 +182,7 @@ def test_every_rank_goes_on_with_the_tokens_of_the_first(built: Build) -> None:
 
 def test_an_id_of_padding_is_outside_the_vocabulary(built: Build) -> None:
     told = pool(2).each(triton_ranks.outside, *built("2 KV heads, biases, tied"))
-    assert told == 2 * ["an id is outside the vocabulary of 101"]
+    assert told == 2 * ["ids: 101 is not in 0 … 100"]
 
 
 def test_one_rank_asks_nothing_of_torch_distributed(built: Build) -> None:
@@ -334,7 +335,10 @@ def test_peak_memory_is_little_more_than_the_share(beside: dict[str, Any], tmp_p
     package = emit(spec, "triton", tmp_path)
     save_file(random_checkpoint(package), tmp_path / "model.safetensors")
     command = [sys.executable, "-c", MEASURE, str(package.parent), package.name, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    # On one thread: what several of torch's hold for themselves does not grow with the model.
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     share, peak = map(int, done.stdout.split())
     whole = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
     assert 250e6 < share < 0.52 * whole

@@ -117,6 +117,6 @@ def outside(package: Path, weights: Path) -> str:
     model = import_package(package).Model.load(weights)
     try:
         model.embed(torch.tensor([1, model.config.vocab_size]))
-    except RuntimeError as error:
+    except ValueError as error:
         return str(error)
     return ""

@@ -153,9 +153,9 @@ FRONT_MUTANTS = (
     ),
     Mutant(
         "weights_are_not_looked_at",
-        f"{RUNTIME}/checkpoint.py",
-        "if not finite(values):",
-        "if values is None:",
+        f"{TVM}/runtime/weights.py",
+        "if not finite(piece):",
+        "if piece is None:",
         "a damaged checkpoint is told when it is loaded",
         tests=CALLS,
     ),
