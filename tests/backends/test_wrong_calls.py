@@ -272,7 +272,9 @@ def test_weights_that_are_not_finite_are_refused_by_name(
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = np.nan
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(runners[backend].module.CheckpointError, match=r"^model.layers.1.mlp.up_proj.weight holds numbers that are NaN"):
+    with pytest.raises(
+        runners[backend].module.CheckpointError, match=r"^model.layers.1.mlp.up_proj.weight holds numbers that are NaN"
+    ):
         runners[backend].module.Model.load(tmp_path)
 
 
