@@ -18,9 +18,8 @@ BROKEN_PIPE = 141  # of SIGPIPE
 
 def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
     """Run, and return the exit code: 2 after trouble that is told in a sentence, such as one of `errors`."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed by whoever started the command
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8"))
+    if sys.stderr is None:  # closed by whoever started the command
+        sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     try:
         if sys.stdout is None:
             raise ValueError("standard output is closed, and answers go there")

@@ -314,15 +314,3 @@ def test_there_may_be_no_standard_input(
     conversation = part(package, "conversation")
     monkeypatch.setattr(conversation, "sys", SimpleNamespace(stdin=None, stderr=sys.stderr))
     assert run(*asked) == (2, "", "error: there is no standard input\n")
-
-
-def test_whoever_starts_the_command_may_close_its_output(package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    def say() -> None:
-        sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
-        print("雪")
-        raise ValueError("雪")
-
-    with monkeypatch.context() as closed:
-        closed.setattr(sys, "stdout", None)
-        closed.setattr(sys, "stderr", None)
-        assert part(package, "console").ended(say) == 2
