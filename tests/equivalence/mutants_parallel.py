@@ -177,8 +177,8 @@ PARALLEL_MUTANTS = (
     Mutant(
         "rows_where_the_checkpoint_has_them",
         CHECKPOINT,
-        "yield piece.at + start - piece.start, values",
-        "yield start, values",
+        "yield piece.at + start - piece.start, tensors.get_slice",
+        "yield start, tensors.get_slice",
         "a row's place in a rank's share is not that in the whole",
     ),
     Mutant(

@@ -95,8 +95,8 @@ WRITING_MUTANTS = (
     Mutant(
         "foreign_files_dropped",
         FOLDER,
-        "    for name in kept:\n",
-        "    for name in ():\n",
+        "    for name in kept:\n        place = beside / name\n",
+        "    for name in ():\n        place = beside / name\n",
         "my_server.py beside the generated files is gone",
         tests=OF_FOLDERS,
     ),
