@@ -104,6 +104,8 @@ def test_replays_are_the_eager_step(
         expected = model.step(embeds, eager.open_batch(len(batch)), eager)
         captured.begin_forward(batch, [1] * len(batch))
         actual = captured.graphs(embeds, captured.open_batch(len(batch)), captured)
+        for cache in caches:
+            cache.end_forward()
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
     for tensor in (tensor for cache in caches for tensor in cached_tensors(cache)):
