@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -222,6 +223,34 @@ def test_the_command_line_reports_an_error(package: Path, module: ModuleType, ca
     monkeypatch.setattr(sys, "argv", ["build", "--device", "abacus", "-o", "x.so"])
     assert part(module, "build").main() == 2
     assert capsys.readouterr().err.startswith("error: 'abacus' is no target")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, ""),
+        (MemoryError(), 2, "error: there is not enough memory\n"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "error: No space left on device\n"),
+    ],
+)
+def test_the_command_line_ends_in_a_sentence(
+    module: ModuleType, capsys, monkeypatch, trouble: BaseException, code: int, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise trouble
+
+    build = part(module, "build")
+    monkeypatch.setattr(build, "compile_library", fail)
+    monkeypatch.setattr(sys, "argv", ["build", "--dtype", "float32", "-o", "x.so"])
+    assert build.main() == code
+    assert capsys.readouterr().err == said
+
+
+def test_the_command_line_needs_standard_output(module: ModuleType, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["build", "-o", "x.so"])
+    monkeypatch.setattr(sys, "stdout", None)
+    assert part(module, "build").main() == 2
+    assert capsys.readouterr().err == "error: standard output is closed, and answers go there\n"
 
 
 def test_the_same_sources_from_another_place_share_a_library(
