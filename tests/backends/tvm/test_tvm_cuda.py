@@ -192,6 +192,25 @@ def test_machine_code_is_compiled_once(cuda: ModuleType, tmp_path: Path, monkeyp
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_machine_code_is_kept_where_the_cache_can_be_written(
+    cuda: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_nvcc", lambda text, arch: text.encode())
+    monkeypatch.setattr(cuda, "_nvrtc", cuda._nvcc)
+    cache = tmp_path / "cache"
+    assert cuda.machine_code("code", ARCH, cache) == b"code"
+    [kept] = cache.iterdir()
+    assert (kept.read_bytes(), kept.stat().st_mode & 0o777) == (b"code", 0o600)
+    kept.write_bytes(b"kept")
+    assert cuda.machine_code("code", ARCH, cache) == b"kept"
+    kept.unlink()
+    kept.mkdir()  # cannot be read, nor replaced
+    assert cuda.machine_code("code", ARCH, cache) == b"code"
+    assert list(cache.iterdir()) == [kept]
+    (tmp_path / "file").touch()
+    assert cuda.machine_code("code", ARCH, tmp_path / "file" / "cache") == b"code"
+
+
 @needs_nvcc
 def test_source_that_nvcc_refuses(cuda: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(cuda.BuildError, match=r"nvcc cannot compile the kernels for sm_90: .*identifier \"y\""):
