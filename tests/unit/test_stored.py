@@ -118,7 +118,8 @@ def test_a_tensor_in_two_files_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("names", "said"),
     [
-        ((), "--weights is a Hugging Face checkpoint folder"),
+        ((), "the weights of a Hugging Face checkpoint folder are in such files"),
+        (("config.json",), "the weights of a Hugging Face checkpoint folder are in such files"),
         (("pytorch_model.bin",), "pytorch_model.bin is a pickle, which may run code and is never opened"),
         (("consolidated.00.pth",), "is a pickle"),
         (("model-q4.gguf",), "is GGUF"),
