@@ -68,22 +68,13 @@ SAMPLING_MUTANTS = (
         "k tokens, and not k - 1",
         tests=IN_SAMPLING,
     ),
-    *(
-        Mutant(
-            f"{backend}_length_before_stop",
-            file,
-            "            if token in sampling.stop_tokens or (stopped and stopped(i, token)):\n"
-            '                finished = "stop"\n'
-            "            elif produced == sampling.max_tokens:\n"
-            '                finished = "length"\n',
-            "            if produced == sampling.max_tokens:\n"
-            '                finished = "length"\n'
-            "            elif token in sampling.stop_tokens or (stopped and stopped(i, token)):\n"
-            '                finished = "stop"\n',
-            "an answer that ends by itself at the last token was not cut off",
-            tests=IN_SAMPLING,
-        )
-        for backend, file in (("triton", TRITON_GENERATE), ("tvm", TVM_GENERATE))
+    Mutant(
+        "length_before_stop",
+        GENERATION,
+        "if id in sampling.stop_tokens or (stopped and stopped(prompt, id)):",
+        "if produced < sampling.max_tokens and (id in sampling.stop_tokens or (stopped and stopped(prompt, id))):",
+        "an answer that ends by itself at the last token was not cut off",
+        tests=IN_SAMPLING,
     ),
     Mutant(
         "tiny_temperature_divides",
