@@ -106,6 +106,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises CheckpointError, which names the file."""
+    return read_json(file) if file.exists() else {}
+
+
 # -------------------------------------------------------------------------------------- which files it is
 
 
