@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from .config import Config
+from .console import ended
 from .library import DTYPES, HERE, compile_library, title, write_library
 from .shares import explanation, obstacles, read_shared
 from .targets import BuildError, find_target
@@ -26,12 +27,7 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="ranks that share the model (default: 1)")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FILE", help="the library, model.so")
     args = parser.parse_args()
-    try:
-        build(args.device, args.dtype, args.output, args.tp)
-    except BuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(lambda: build(args.device, args.dtype, args.output, args.tp), BuildError)
 
 
 def build(device: str, dtype: str, output: Path, degree: int = 1) -> None:

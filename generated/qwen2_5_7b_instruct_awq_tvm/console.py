@@ -47,4 +47,4 @@ def warn(tokens: int, limit: int) -> None:
 
 
 def note(message: str) -> None:
-    print(f"note: {message}", file=sys.stderr)
+    print(f"note: {message}", file=sys.stderr, flush=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_integer
-from .generation import Sampling, Token, check_chosen, check_prompts, pack
+from .generation import Sampling, Token, check_chosen, check_prompts, pack, why_finished
 from .parallel import broadcast
 
 
@@ -49,13 +49,9 @@ def generate(
         produced += 1
         alive = []
         for i, token in zip(running, ids, strict=True):
-            finished = None
-            if token in sampling.stop_tokens or (stopped and stopped(i, token)):
-                finished = "stop"
-            elif produced == sampling.max_tokens:
-                finished = "length"
-            yield Token(i, token, finished)
-            if finished is None:
+            new = Token(i, token, why_finished(i, token, produced, sampling, stopped))
+            yield new
+            if new.finished is None:
                 alive.append((i, token))
             else:
                 cache.remove_sequence(i)

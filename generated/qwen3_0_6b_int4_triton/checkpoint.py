@@ -10,7 +10,6 @@ anything is allocated, and a rank reads its own share, a piece at a time, so tha
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 from safetensors import safe_open
 
+from .console import note
 from .quantized import QuantizedMatrix, read_quantized
 from .shares import Piece, Shared, cut, read_entry
 from .stored import (
@@ -110,8 +110,8 @@ def open_checkpoint(folder: str | Path, rank: int = 0, degree: int = 1) -> Check
     manifest = read_json(Path(__file__).parent / "MANIFEST.json")
     parameters = list(read_manifest(manifest, rank, degree))
     chosen = choose_files(Path(folder))
-    for note in chosen.notes if rank == 0 else ():
-        print(f"note: {note}", file=sys.stderr, flush=True)
+    for said in chosen.notes if rank == 0 else ():
+        note(said)
     stored = read_headers(chosen.files)
     wanted = [(parameter.name, tensor) for parameter in parameters for tensor in parameter.tensors]
     allowed = manifest["ignored_tensors"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .generation import Sampling
-from .stored import read_json
+from .stored import read_optional_json
 
 
 class TextError(ValueError):
@@ -69,12 +69,12 @@ class Text:
 
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json; empty where there is none."""
-        return _optional(self.folder / "generation_config.json")
+        return read_optional_json(self.folder / "generation_config.json")
 
     def stop_tokens(self) -> frozenset[int]:
         """End-of-sequence ids of generation_config.json, else of config.json."""
         for file in (self.folder / "generation_config.json", self.folder / "config.json"):
-            ids = _optional(file).get("eos_token_id")
+            ids = read_optional_json(file).get("eos_token_id")
             if ids is not None:
                 listed = ids if isinstance(ids, list) else [ids]
                 if not all(type(i) is int and i >= 0 for i in listed):
@@ -108,7 +108,3 @@ def unicode(text: str) -> str:
     except UnicodeEncodeError as error:
         raise TextError(f"the text is not UTF-8: character {error.start + 1} is {text[error.start]!a}") from error
     return text
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}

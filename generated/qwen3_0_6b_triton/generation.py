@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from .checks import check_integer
@@ -54,6 +54,17 @@ class Token:
     prompt: int
     id: int
     finished: str | None  # "stop", "length" or None
+
+
+def why_finished(
+    prompt: int, id: int, produced: int, sampling: Sampling, stopped: Callable[[int, int], bool] | None
+) -> str | None:
+    """Why a prompt's token number `produced`, from 1 on, is its last: "stop", "length", or None where it is not.
+
+    stopped: asked of each token (prompt, id) that is no stop token."""
+    if id in sampling.stop_tokens or (stopped and stopped(prompt, id)):
+        return "stop"
+    return "length" if produced == sampling.max_tokens else None
 
 
 def pack(lengths: Sequence[int], size: int) -> Iterator[list[tuple[int, int, int]]]:

@@ -27,7 +27,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-from .stored import read_json, read_text
+from .stored import read_optional_json, read_text
 from .text import TextError
 
 SECONDS = 10.0  # that a template may take
@@ -56,7 +56,7 @@ def read_templates(folder: Path) -> dict[str, Template]:
     if found:
         return found
     file = folder / "tokenizer_config.json"
-    said = read_json(file).get("chat_template") if file.exists() else None
+    said = read_optional_json(file).get("chat_template")
     if said is None:
         raise TextError(f"{folder} has no chat template (chat_template.jinja or tokenizer_config.json)")
     if isinstance(said, list) and all(isinstance(entry, dict) for entry in said):

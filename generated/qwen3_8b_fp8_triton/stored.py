@@ -109,6 +109,11 @@ def read_json(file: Path) -> dict[str, Any]:
     return content
 
 
+def read_optional_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file. Raises CheckpointError, which names the file."""
+    return read_json(file) if file.exists() else {}
+
+
 # -------------------------------------------------------------------------------------- which files it is
 
 
@@ -179,7 +184,7 @@ def _held_instead(names: Sequence[str]) -> str:
         return f"{pickle} is a pickle, which may run code and is never opened; {way}"
     if gguf := next((name for name in names if name.endswith(".gguf")), None):
         return f"{gguf} is GGUF, which is not read; take the checkpoint that it was made from"
-    return "--weights is a Hugging Face checkpoint folder"
+    return "the weights of a Hugging Face checkpoint folder are in such files"
 
 
 def _notes(what: str, names: Sequence[str], left: Sequence[str]) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, processors
 from tokenizers.models import BPE
 
-from .stored import read_json, read_text
+from .stored import read_json, read_optional_json, read_text
 from .text import TextError
 
 # How Qwen cuts a text before byte pairs are merged.
@@ -124,7 +124,7 @@ def _is_qwen2(folder: Path, config: dict[str, Any], vocabulary: object) -> bool:
     what is put round a text from it."""
     if not isinstance(vocabulary, dict) or vocabulary.get("type") != "BPE":
         return False
-    model = _optional(folder / "config.json")
+    model = read_optional_json(folder / "config.json")
     if model.get("model_type") == "qwen2":  # other classes are known to be named by mistake
         return True
     named = config.get("tokenizer_class") or model.get("tokenizer_class")
@@ -170,10 +170,10 @@ def _build(content: dict[str, Any], file: Path) -> Tokenizer:
 
 def _config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json, and what an older file says beside one that does not name tokens by id."""
-    config = _optional(folder / CONFIG)
+    config = read_optional_json(folder / CONFIG)
     if not config.get(EXTRA) and "additional_special_tokens" in config:  # its former name
         config[EXTRA] = config.pop("additional_special_tokens")
-    return config if BY_ID in config else config | _optional(folder / "special_tokens_map.json")
+    return config if BY_ID in config else config | read_optional_json(folder / "special_tokens_map.json")
 
 
 def _added(
@@ -193,7 +193,7 @@ def _added(
     special |= {str(token) for token in extra if config.get(EXTRA)}
     found = {}
     file = folder / "added_tokens.json"
-    for text, index in _optional(file).items():
+    for text, index in read_optional_json(file).items():
         if type(index) is not int:
             raise TextError(f"{file}: the id of {text!r} is no integer")
         found[index] = AddedToken(text, normalized=text not in special, special=text in special)
@@ -231,7 +231,3 @@ def _token(value: object, place: Path) -> AddedToken:
     if isinstance(value, str):
         return AddedToken(value, special=True)
     raise TextError(f"{place}: {json.dumps(value)[:80]} is no token")
-
-
-def _optional(file: Path) -> dict[str, Any]:
-    return read_json(file) if file.exists() else {}

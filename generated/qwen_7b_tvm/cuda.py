@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -121,21 +121,30 @@ def install_compiler(arch: str, cache: Path) -> None:
 
 
 def machine_code(text: str, arch: str, cache: Path) -> bytes:
-    """CUDA source -> a cubin for `arch` ("sm_90"), kept in the folder `cache`.
+    """CUDA source -> a cubin for `arch` ("sm_90"), kept in the folder `cache` where that can be written.
 
     By nvcc, or where there is none by NVRTC from the Python package cuda-bindings. Raises BuildError.
     """
     path = cache / f"kernels-{arch}-{hashlib.sha256(text.encode()).hexdigest()[:16]}.cubin"
-    if path.is_file() and not (doubt(cache) or doubt(path)):
-        return path.read_bytes()
+    if not (doubt(cache) or doubt(path)):
+        with contextlib.suppress(OSError):  # it is not there, or not to be read
+            return path.read_bytes()
     code = _nvcc(text, arch) if shutil.which("nvcc") else _nvrtc(text, arch)
-    make_private(cache)
-    if doubt(cache):
-        return code
-    with tempfile.NamedTemporaryFile(dir=cache, prefix=".building-", delete=False) as file:
-        file.write(code)
-    os.replace(file.name, path)  # at once, for others may look for it
+    with contextlib.suppress(OSError):  # a full disk, say: it is compiled again next time
+        _keep(code, path)
     return code
+
+
+def _keep(code: bytes, path: Path) -> None:
+    """In the cache, where that is this user's alone. Raises OSError."""
+    make_private(path.parent)
+    if doubt(path.parent):
+        return
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+        file = Path(folder) / path.name
+        file.write_bytes(code)
+        file.chmod(0o600)  # code: others never write to it
+        file.replace(path)  # at once, for others may look for it
 
 
 def _nvcc(text: str, arch: str) -> bytes:

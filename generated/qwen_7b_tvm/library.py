@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from tvm.target import Target
 
 from . import cuda
 from .config import Config
+from .console import note
 from .kept import cache_folder, doubt, make_private
 from .targets import BuildError, features, host_target
 
@@ -203,10 +203,6 @@ def title(metadata: dict[str, Any]) -> str:
     target, degree = metadata["target"], metadata["tensor_parallel_shards"]
     ranks = f", {degree} ranks" if degree > 1 else ""
     return f"{target['kind']} {target.get('arch', target['mcpu'])}{ranks}"
-
-
-def note(text: str) -> None:
-    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def first_line(error: Exception) -> str:
