@@ -11,7 +11,7 @@ import tvm
 
 from . import BuildError, CheckpointError, Model, RankError, Text
 from .console import ended
-from .conversation import add_options, check, choose, converse
+from .conversation import add_options, check, choose, converse, fingerprint, questions
 from .ranks import join, together
 
 
@@ -33,9 +33,10 @@ def run(args: argparse.Namespace) -> None:
     sys.stdout.reconfigure(errors="replace")  # a terminal may lack a model's characters
     check(args, ranks.size)
     text = together(ranks, lambda: Text(args.weights))
-    sampling = choose(args, text)
+    sampling, asked = together(ranks, lambda: (choose(args, text), questions(args, text)))
+    join("cpu", **{"hash of what is asked": fingerprint(asked, sampling)})
     model = Model.load(args.weights, args.device, args.dtype, args.library)
-    converse(args, text, model, sampling)
+    converse(args, text, model, sampling, asked)
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -75,14 +76,28 @@ def choose(args: argparse.Namespace, text: Text) -> Sampling:
     return Sampling(**{**default, **given}, seed=args.seed, max_tokens=args.max_tokens, stop_tokens=stop)
 
 
-def converse(args: argparse.Namespace, text: Text, model: Any, sampling: Sampling) -> None:
-    """Answer every prompt, or else every line of a dialogue, and print."""
-    if args.prompt:
-        prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt]
-        asked = [_ids(args, text, [*_system(args), _message("user", p)] if args.chat else p) for p in prompts]
-        done = _answers(args, text, model, sampling, prompts, asked)
-    else:
-        done = list(_dialogue(args, text, model, sampling))
+@dataclass(frozen=True)
+class Question:
+    """A prompt, and the tokens that the model is given for it."""
+
+    prompt: str
+    ids: list[int]
+
+
+def questions(args: argparse.Namespace, text: Text) -> list[Question]:
+    """One for each --prompt; none where a dialogue is wanted."""
+    prompts = [_standard_input() if prompt == "-" else prompt for prompt in args.prompt or ()]
+    return [Question(p, _ids(args, text, [*_system(args), _message("user", p)] if args.chat else p)) for p in prompts]
+
+
+def fingerprint(asked: Sequence[Question], sampling: Sampling) -> str:
+    """Equal where the same is generated from. Checkpoint folders of ranks may differ, and a template tell the time."""
+    return hashlib.sha256(repr((asked, sampling)).encode()).hexdigest()[:12]
+
+
+def converse(args: argparse.Namespace, text: Text, model: Any, sampling: Sampling, asked: Sequence[Question]) -> None:
+    """Answer all questions, or else every line of a dialogue, and print."""
+    done = _answers(args, text, model, sampling, asked) if asked else list(_dialogue(args, text, model, sampling))
     if args.json:
         print(json.dumps([_report(found, args.stats) for found in done]))
     elif len(args.prompt or ()) > 1:
@@ -94,23 +109,19 @@ def _dialogue(args: argparse.Namespace, text: Text, model: Any, sampling: Sampli
     messages = _system(args)
     for line in _turns():
         messages.append(_message("user", line))
-        [found] = _answers(args, text, model, sampling, [line], [_ids(args, text, messages)])
+        [found] = _answers(args, text, model, sampling, [Question(line, _ids(args, text, messages))])
         messages.append(_message("assistant", found.text))
         yield found
 
 
 def _answers(
-    args: argparse.Namespace,
-    text: Text,
-    model: Any,
-    sampling: Sampling,
-    prompts: Sequence[str],
-    ids: Sequence[Sequence[int]],
+    args: argparse.Namespace, text: Text, model: Any, sampling: Sampling, asked: Sequence[Question]
 ) -> list[Answer]:
-    """Answer all prompts at once; a single one's text is printed as it comes, unless JSON will be."""
+    """Answer all at once; a single one's text is printed as it comes, unless JSON will be."""
+    ids = [question.ids for question in asked]
     warn(max(map(len, ids)) + sampling.max_tokens, model.config.max_position_embeddings)
     streamed = len(ids) == 1 and not args.json
-    done = [Answer(prompt, len(tokens)) for prompt, tokens in zip(prompts, ids, strict=True)]
+    done = [Answer(question.prompt, len(question.ids)) for question in asked]
     start = time.perf_counter()
     for piece in answer(model, text, ids, sampling, args.stop):
         found = done[piece.prompt]

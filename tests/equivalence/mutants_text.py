@@ -259,6 +259,14 @@ TEMPLATE_MUTANTS = (
         tests=IN_CONVERSATION,
     ),
     Mutant(
+        "ranks_do_not_compare_what_they_are_asked",
+        CONVERSATION,
+        "repr((asked, sampling))",
+        "repr(sampling)",
+        "a template may tell every rank another time",
+        tests=IN_CONVERSATION,
+    ),
+    Mutant(
         "stop_tokens_of_config_json_first",
         TEXT,
         'for file in (self.folder / "generation_config.json", self.folder / "config.json"):',

@@ -157,5 +157,5 @@ def test_activations_are_rounded_alike(quantization: dict[str, Any], skip: list[
             rows = expected.reshape(30, -1)
             far = np.linalg.norm(taps[1][address].reshape(30, -1) - rows, axis=1) / np.linalg.norm(rows, axis=1)
             alike, total = alike + np.count_nonzero(far < ALIKE), total + 30
-    assert total > 1000
+    assert total >= 900
     assert alike > 0.75 * total, f"{alike} of {total} rows"

@@ -174,6 +174,22 @@ def test_several_ranks_read_no_standard_input(package: ModuleType, arguments: Se
     conversation.check(parser.parse_args(["--prompt", "a"]), ranks=2)
 
 
+def test_ranks_compare_what_they_are_asked(run: Run, package: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the model is loaded; a template may have told them different times."""
+    main, said = part(package, "__main__"), []
+
+    def join(device: str, **facts: object) -> Any:
+        said.append(facts)
+        return SimpleNamespace(rank=0, size=1)
+
+    monkeypatch.setattr(main, "join", join)
+    for arguments in (["--prompt", "a"], ["--prompt", "a"], ["--prompt", "b"], ["--prompt", "a", "--temperature", "1"]):
+        assert run(*arguments)[0] == 0
+    first, again, other, sampled = (facts["hash of what is asked"] for facts in said[1::2])
+    assert first == again
+    assert len({first, other, sampled}) == 3
+
+
 # ----------------------------------------------------------------------------------------- generation_config.json
 
 

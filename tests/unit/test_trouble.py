@@ -190,10 +190,15 @@ def test_a_report_is_there_whatever_the_terminal_does(
 
 
 def process(command: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """`qwenspec` by that name in a shell."""
+    """`qwenspec` by that name in a shell; it obeys Ctrl-C, even where these tests run in the background."""
     program = f'qwenspec() {{ "{sys.executable}" -m qwenspec "$@"; }}; {command}'
     return subprocess.run(
-        ["bash", "-c", program], capture_output=True, env=os.environ | environment, cwd=ROOT, check=False
+        ["bash", "-c", program],
+        capture_output=True,
+        env=os.environ | environment,
+        cwd=ROOT,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
