@@ -6,11 +6,11 @@ import json
 import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cpu_time import cpu_seconds
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ir_specs import make_spec
@@ -64,12 +64,18 @@ def test_names_are_unique_in_all_shipped_specs() -> None:
 
 
 def test_reading_all_shipped_specs_is_quick() -> None:
-    program = (
-        "import sys, time; from qwenspec.spec.load import load_all; [load_all(p) for p in sys.argv[1:]];"
-        "assert 'torch' not in sys.modules and 'numpy' not in sys.modules; print(time.process_time())"
-    )
-    run = subprocess.run([sys.executable, "-c", program, *SPECS], capture_output=True, text=True, check=True)
-    assert float(run.stdout) < 1.5
+    """It takes no longer than it takes to import what reads them, and imports no library of tensors."""
+    program = """
+import sys, time
+start = time.process_time()
+from qwenspec.spec.load import load_all
+imported = time.process_time()
+for path in sys.argv[1:]:
+    load_all(path)
+assert time.process_time() - imported < imported - start
+assert not {"torch", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-P", "-c", program, *SPECS], check=True)
 
 
 # ----------------------------------------------------------------------------------------------------- variants
@@ -468,9 +474,9 @@ def test_nearest(word: str, meant: str | None) -> None:
 
 def test_nearest_is_quick_whatever_the_word() -> None:
     allowed = [f"{'x' * 50}{i}" for i in range(100_000)]
-    started = time.process_time()
     assert nearest("x" * 10**6, allowed) is not None
-    assert time.process_time() - started < 0.5
+    few = cpu_seconds(lambda: nearest("x" * 80, allowed[:500]))
+    assert cpu_seconds(lambda: nearest("x" * 10**6, allowed)) < 3 * few
 
 
 def test_a_name_that_no_file_has_is_told_where_it_stands(tmp_path: Path) -> None:
