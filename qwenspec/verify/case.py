@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from qwenspec.verify.steps import CacheSizes, check_sizes
 
 REFERENCE = "reference"
 HUGGING_FACE = "huggingface"
-MOST_CONTENDERS, MOST_RANKS = 9, 32  # that `--replay` starts: a folder that was sent says how many
+MOST_CONTENDERS, MOST_RANKS = 9, 32  # of a case, which `--replay` is sent by others
 Rounded = Literal["activations", "kv_fp8_e4m3", "kv_int8"]  # activations: to e4m3
 
 
@@ -31,6 +32,15 @@ def backend_and_ranks(contender: str) -> tuple[str, int]:
     """What `on_ranks` made the name of; any other is that of a backend."""
     backend, _, ranks = contender.partition("@")
     return (backend, int(ranks)) if ranks.isdecimal() else (contender, 1)
+
+
+def excess(contenders: Sequence[str]) -> str:
+    """Why these are more than one machine is asked to run; empty when they are not."""
+    ranks = sum(backend_and_ranks(name)[1] for name in contenders)
+    if len(contenders) <= MOST_CONTENDERS and ranks <= MOST_RANKS:
+        return ""
+    most = f"no more than {MOST_CONTENDERS} contenders, and {MOST_RANKS} ranks in all, are run"
+    return f"{most}: these are {len(contenders)}, and {ranks} ranks"
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,6 @@ class _Stored(Model):
     def _begin_with_the_reference(cls, names: list[str]) -> list[str]:
         if len(names) < 2 or names[0] != REFERENCE or len({*names}) < len(names):
             raise ValueError("the contenders are not the reference and others")
-        if len(names) > MOST_CONTENDERS or sum(backend_and_ranks(name)[1] for name in names) > MOST_RANKS:
-            raise ValueError(f"more than {MOST_CONTENDERS} contenders, or {MOST_RANKS} ranks in all, are not run again")
+        if reason := excess(names):
+            raise ValueError(reason)
         return names

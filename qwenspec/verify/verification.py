@@ -24,7 +24,7 @@ from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import module_errors
-from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks
+from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks, excess
 from qwenspec.verify.contenders import Rows
 from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
 from qwenspec.verify.huggingface import obstacle
@@ -89,6 +89,8 @@ def verify(request: Request, progress: Progress = lambda what, done: None) -> Ve
     began = time.monotonic()
     if request.weights is not None:
         check_fits(request.spec, request.weights)
+    if reason := excess((REFERENCE, HUGGING_FACE, *dict.fromkeys(request.backends))):
+        raise SpecError([Diagnostic("too-many-contenders", reason, hint="compare some at a time: give fewer -b")])
     entrants = list(_entrants(request))
     present = (backend_and_ranks(entrant.name)[0] for entrant in entrants if not entrant.absent)
     backends = [name for name in dict.fromkeys(present) if name in installed()]
@@ -121,7 +123,7 @@ def verify(request: Request, progress: Progress = lambda what, done: None) -> Ve
 def _entrants(request: Request) -> Iterator[Entrant]:
     yield Entrant(REFERENCE, "float64, written from the formulas; reads the spec alone")
     reasons: list[Diagnostic] = []
-    for name in request.backends or installed():
+    for name in dict.fromkeys(request.backends or installed()):
         reason = problem(name, request.spec, request.subject, request.device)
         reasons += [reason] if reason else []
         ranks = backend_and_ranks(name)[1]

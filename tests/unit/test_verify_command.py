@@ -91,6 +91,13 @@ def test_ranks_that_cannot_share_the_spec(spec: Path) -> None:
     assert "cannot be shared evenly by 3 ranks" in result.stderr
 
 
+@pytest.mark.parametrize("backends", [["triton@32"], [f"triton@{ranks}" for ranks in range(1, 9)]])
+def test_more_than_a_machine_is_asked_to_run(spec: Path, backends: list[str]) -> None:
+    result = call("verify", spec, *(word for name in backends for word in ("-b", name)))
+    assert result.exit_code == 2
+    assert "error[too-many-contenders]: no more than 9 contenders, and 32 ranks in all, are run" in result.stderr
+
+
 def test_the_same_seed_draws_the_same(spec: Path) -> None:
     first, second = (verified(spec, "--examples", "3", "--seed", "5") for _ in range(2))
     assert first["examples"] == second["examples"]
