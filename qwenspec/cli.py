@@ -179,7 +179,8 @@ def backends(as_json: Json = False) -> None:
 @app.command()
 @guarded
 def validate(
-    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Spec files.")], as_json: Json = False
+    specs: Annotated[list[str], typer.Argument(metavar="SPEC...", help="Files, or names of variants.")],
+    as_json: Json = False,
 ) -> ExitCode:
     """Every mistake in every file, each with its place and a way out."""
     from qwenspec.commands import authoring
@@ -247,10 +248,10 @@ def convert(
 @app.command("list")
 @guarded
 def list_(
-    file: Annotated[str | None, typer.Argument(metavar="FILE", help="Default: what comes with qwenspec.")] = None,
+    file: Annotated[str | None, typer.Argument(metavar="SPEC", help="Default: what comes with qwenspec.")] = None,
     as_json: Json = False,
 ) -> None:
-    """The variants that come with qwenspec, or those of a file."""
+    """The variants that come with qwenspec, those of a file, or one that is named."""
     from qwenspec.commands import listing
 
     console.result(listing.variants(file), listing.variants_text, as_json)

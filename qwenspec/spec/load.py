@@ -38,10 +38,14 @@ def load(path: str | Path, variant: str | None = None) -> Spec:
 
 
 def load_all(path: str | Path) -> list[Spec]:
-    """The specs of all variants in the file's order. Raises SpecError with every mistake of the file."""
+    """The specs of all variants in the file's order; where `path` names a variant, as it may for `load`, of that one.
+
+    Raises SpecError with every mistake of the file."""
+    name, chosen = _split(resolve(str(path)), None)
     files = Files()
-    file = files.open(str(path))
-    return _specs(files, file, file.variants())
+    file = files.open(name)
+    found = file.variants()
+    return _specs(files, file, found if chosen is None else {v: found[v] for v in [variant_named(file, chosen)]})
 
 
 def load_right(path: str | Path) -> list[Spec]:

@@ -105,7 +105,7 @@ def provoke(code: str, folder: Path) -> None:
         case "not-a-file":
             load_all(folder)
         case "unreadable-file":
-            load_all("a" * 5000)
+            load_all("a" * 5000 + ".yaml")
         case "unprintable-path":
             load_all(folder / "a\nb.yaml")
         case "file-too-large":

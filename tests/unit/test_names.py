@@ -249,3 +249,12 @@ def test_weights_that_are_no_folder_are_told_at_once(command: list[str], checkpo
         assert (told.exit_code, told.stdout) == (2, "")
         assert f"error[no-weights]: {weights} {words}" in told.stderr
         assert "tokenizer" not in told.stderr
+
+
+def test_a_name_is_validated_and_listed() -> None:
+    done = call("validate", "Qwen/Qwen3-0.6B", "qwen3-0.7b")
+    assert done.exit_code == 2
+    assert done.stdout == "Qwen/Qwen3-0.6B: 1 variant\n"
+    assert "error[unknown-spec]: `qwen3-0.7b` is neither" in done.stderr
+    (found,) = json.loads(call("list", "qwen3-0.6b", "--json").stdout)
+    assert (found["variant"], found["file"]) == ("qwen3-0.6b", "qwenspec:qwen3.yaml")
