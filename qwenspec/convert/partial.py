@@ -212,5 +212,8 @@ def _size(file: Path) -> int:
 def _write(file: Path, text: str) -> None:
     """All of it or nothing."""
     begun = file.with_name(file.name + WRITING)
-    begun.write_text(text, encoding="utf-8")
+    with begun.open("w", encoding="utf-8") as opened:
+        opened.write(text)
+        opened.flush()
+        os.fsync(opened.fileno())  # the name must not reach the disk before what it names
     begun.replace(file)
