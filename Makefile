@@ -28,7 +28,7 @@ test: $(INSTALLED)
 	$(PYTEST) tests/hf_parity
 	$(PYTEST) $(PARALLEL) worksteal --complete tests/equivalence
 	TRITON_INTERPRET=1 $(PYTEST) $(PARALLEL) worksteal -m interpreter tests/backends/kernels tests/equivalence
-	$(PYTEST) -m aot tests/backends/kernels
+	$(PYTEST) $(PARALLEL) worksteal -m aot tests/backends/kernels
 
 check: $(INSTALLED)
 	$(BIN)/ruff check
