@@ -37,7 +37,8 @@ _numbers = itertools.count()
 def reader(model: Model, folder: Path) -> ModuleType:
     """What a package of this model reads checkpoints with, alone in a package of its own."""
     folder.mkdir()
-    files = common(structure(model), "checkpoint", "stored", "quantized") | manifest(model) | {"__init__.py": ""}
+    needed = ("checkpoint", "stored", "quantized", "console", "machine", "ranks")
+    files = common(structure(model), *needed) | manifest(model) | {"__init__.py": ""}
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")
     name = f"reader_{next(_numbers)}"
