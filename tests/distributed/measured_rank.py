@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from distributed.gpu_memory import gpu_path, measure
+from distributed.processes import PATIENCE
 from qwenspec.backend.load import import_package
 
 
@@ -31,7 +32,7 @@ def settled(collective: Callable[..., None]) -> Callable[..., None]:
 
     @wraps(collective)
     def call(*arguments: Any) -> None:
-        before, until = uses(arguments), time.monotonic() + 60
+        before, until = uses(arguments), time.monotonic() + PATIENCE
         collective(*arguments)
         while uses(arguments) != before and time.monotonic() < until:
             time.sleep(0.0005)

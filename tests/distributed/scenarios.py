@@ -1,7 +1,7 @@
 """What a rank does in these tests: python scenarios.py FOLDER SCENARIO. FOLDER holds a package `team` with ranks.py.
 
-In the environment, CONSTANTS are seconds of meeting.py that a test shortens, as JSON, FAILING the ranks that fail, and
-WITH facts that ranks compare, as JSON.
+In the environment, CONSTANTS are seconds of meeting.py that a test shortens, as JSON, FAILING the ranks that fail,
+WITH facts that ranks compare, as JSON, and TOGETHER how many processes wait for one another before they begin.
 """
 
 from __future__ import annotations
@@ -53,6 +53,14 @@ def say_threads() -> None:
     say([name for name in names if "gloo" in name])
 
 
+def begin_together(folder: Path, processes: int) -> None:
+    """What takes long has been done: they join within moments of one another."""
+    importlib.import_module("torch.distributed")
+    (folder / f"{RANK}.ready").touch()
+    while len(list(folder.glob("*.ready"))) < processes:
+        time.sleep(0.01)
+
+
 def load() -> int:
     if FAILS:
         raise ValueError(os.environ.get("REASON") or f"file {RANK} is not readable")
@@ -70,6 +78,8 @@ def main(scenario: str) -> None:
         assert hasattr(meeting, name)
         setattr(meeting, name, value)
     facts = json.loads(os.environ.get("WITH", "{}"))
+    if together := int(os.environ.get("TOGETHER", "0")):
+        begin_together(Path(sys.argv[1]), together)
     if scenario == "join":
         add_up(ranks.join("cpu", **facts))
     elif scenario == "join twice":

@@ -96,7 +96,7 @@ def test_a_rank_that_is_killed_and_no_launcher_sees_it(killed: int, team: Path) 
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_is_gone_or_stuck_while_the_others_wait_for_it(stop: signal.Signals, team: Path) -> None:
-    ranks = by_hand([scenario(team, "load for ever")] * 2, FAILING="1", CONSTANTS=SHORT)
+    ranks = by_hand([scenario(team, "load for ever")] * 2, {0: {"CONSTANTS": SHORT}}, FAILING="1")
     for rank in ranks:
         said(rank, 1)
     ranks[1].send_signal(stop)

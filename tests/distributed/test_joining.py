@@ -118,7 +118,7 @@ def test_facts_are_compared_each_time(team: Path) -> None:
 
 
 def test_a_rank_that_does_not_come(team: Path) -> None:
-    few = {"WORLD_SIZE": "4", "CONSTANTS": '{"JOIN_SECONDS": 10}'}
+    few = {"WORLD_SIZE": "4", "CONSTANTS": '{"JOIN_SECONDS": 10}', "TOGETHER": "2"}
     reasons = refusals(finish(*by_hand([scenario(team, "join")] * 2, **few)))
     assert reasons[0] == reasons[1]
     assert reasons[0].endswith("waited 10 s for 4 ranks; not there: 2, 3")

@@ -103,7 +103,7 @@ def test_a_rank_that_does_not_answer_is_not_waited_for(own_pool: RankPool, monke
     monkeypatch.setattr(rank_pool, "GRACE", 0.3)
     monkeypatch.setattr(rank_pool, "FAREWELL", 0.3)
     with pytest.raises(RankFailure, match=r"rank 1 of 2 does not answer; rank 0 says 0\nrank 1 printed: nothing"):
-        own_pool.do(eval, f"__import__('time').sleep(100) if {RANK} else 0")
+        own_pool.do(eval, f"__import__('time').sleep(10**6) if {RANK} else 0")
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)

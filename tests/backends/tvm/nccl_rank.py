@@ -1,10 +1,11 @@
 """One rank of test_tvm_nccl.py: on a CPU, and talking to the others as on a GPU.
 
-python nccl_rank.py PACKAGE WEIGHTS OUT [dies]: the logits of a prefill and a decode, and what NCCL was asked for, in
-OUT. `dies`: before the decode, without a word."""
+python nccl_rank.py PACKAGE WEIGHTS OUT [dies|mourns]: the logits of a prefill and a decode, and what NCCL was asked
+for, in OUT. `dies`: before the decode, without a word; `mourns`: another one does."""
 
 import functools
 import importlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,14 +16,14 @@ import numpy as np
 import tvm
 
 IDS = [5, 3, 100, 1, 99, 2, 50, 51]  # the last one is decoded
-PATIENCE = 10.0  # seconds without a sign of a rank
+PATIENCE = 10.0  # seconds without a sign of a rank that has died
 
 
 def main(package: str, weights: str, out: str, fate: str = "") -> None:
     sys.path.insert(0, str(Path(package).parent))
     names = ("engine", "nccl", "ranks", "meeting")
     engine, nccl, ranks, meeting = (importlib.import_module(f"{Path(package).name}.{name}") for name in names)
-    meeting.SILENCE_SECONDS = PATIENCE
+    meeting.SILENCE_SECONDS = math.inf
     engine.parallel.connect = functools.partial(nccl.connect, ranks.read_environment(), tvm.cpu())
     asked = record(nccl)
 
@@ -34,6 +35,8 @@ def main(package: str, weights: str, out: str, fate: str = "") -> None:
     cache.end_forward()
     if fate == "dies":
         os._exit(3)
+    if fate == "mourns":
+        meeting.SILENCE_SECONDS = PATIENCE
     cache.begin_forward([0], [1])
     decoded = model.decode(model.embed(IDS[-1:]), cache).numpy()[0]
     cache.end_forward()

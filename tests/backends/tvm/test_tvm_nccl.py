@@ -113,7 +113,7 @@ def test_two_ranks_are_the_model(launcher: Launcher, oracle: Oracle) -> None:
 
 
 def test_a_rank_that_dies_ends_one_that_waits_inside_nccl(launcher: Launcher) -> None:
-    waiting, dead = launcher.run("", "dies")
+    waiting, dead = launcher.run("mourns", "dies")
     assert dead.status == 3
     assert waiting.status == 1
     assert "rank 1" in waiting.said
