@@ -210,8 +210,6 @@ class Sequences:
             sequence.length -= n
             sequence.tree = None
             self._give_back(sequence, -(-sequence.length // self.page_size))
-            if sequence.length == 0:
-                sequence.rope_length = 0
         self.waiting = []
         self.forward = None
 

@@ -52,19 +52,9 @@ FRONT_MUTANTS = (
         "cancel_keeps_pages",
         SEQUENCES,
         """            self._give_back(sequence, -(-sequence.length // self.page_size))
-            if FROZEN""",
-        """            if FROZEN""",
+        self.waiting""",
+        """        self.waiting""",
         "pages of a forward that failed are free again",
-        tests=BOOKS,
-    ),
-    Mutant(
-        "cancel_keeps_frequencies",
-        SEQUENCES,
-        """            if FROZEN_ROPE and sequence.length == 0:
-                sequence.rope_length = 0
-""",
-        """""",
-        "a first forward that failed chooses no frequencies",
         tests=BOOKS,
     ),
     Mutant(

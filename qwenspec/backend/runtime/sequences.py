@@ -245,8 +245,6 @@ class Sequences:
             sequence.length -= n
             sequence.tree = None
             self._give_back(sequence, -(-sequence.length // self.page_size))
-            if FROZEN_ROPE and sequence.length == 0:
-                sequence.rope_length = 0
         self.waiting = []
         self.forward = None
 
