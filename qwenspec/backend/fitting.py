@@ -14,9 +14,10 @@ from qwenspec.backend.runtime.stored import (
     check,
     choose_files,
     either_name,
+    explained,
     read_headers,
 )
-from qwenspec.diagnostics import SpecError, listed
+from qwenspec.diagnostics import Diagnostic, SpecError, listed
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.ir.quantized import blocks, stored_tensors
@@ -71,6 +72,18 @@ def way_out_if_unfit(spec: Spec, folder: Path) -> str:
     except CheckpointError:
         return ""
     return way_out(spec.file, folder) if problems(lower(spec), stored) else ""
+
+
+def check_fits(spec: Spec, folder: Path) -> None:
+    """Raises SpecError (`checkpoint`) for a checkpoint that is not that of `spec`, or cannot be read."""
+    try:
+        stored = read_headers(choose_files(folder).files)
+    except CheckpointError as error:
+        raise SpecError([Diagnostic("checkpoint", str(error))]) from error
+    if found := problems(lower(spec), stored):
+        details = tuple(f"  {line}" for line in explained(found, stored))
+        message = f"{folder} does not hold {spec.variant}:"
+        raise SpecError([Diagnostic("checkpoint", message, hint=way_out(spec.file, folder), details=details)])
 
 
 def problems(model: Model, stored: Mapping[str, Stored]) -> list[str]:

@@ -34,6 +34,15 @@ def find(name: str) -> Backend:
     raise _missing(f"the backend `{name}` is not installed", hint=f"{have}; see `qwenspec backends`")
 
 
+def no_device(backend: Backend, device: str) -> Diagnostic | None:
+    """Why a backend whose libraries are there cannot use a device of this machine, or None."""
+    usable = [name.split()[0] for name in backend.devices()]
+    if device in usable or f"{device}:0" in usable:
+        return None
+    message = f"the {backend.name} backend cannot use the device `{device}` here"
+    return Diagnostic("no-device", message, hint=f"use {listed(usable)}")
+
+
 def open_runner(package: str | Path, weights: str | Path, device: str = "cpu", dtype: str | None = None) -> Runner:
     """Open a generated package on a checkpoint folder, with the backend that wrote it.
 

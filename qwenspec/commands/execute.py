@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwenspec.backend.emit import emit
 from qwenspec.backend.fitting import way_out_if_unfit
-from qwenspec.backend.registry import find, open_runner
+from qwenspec.backend.registry import find, no_device, open_runner
 from qwenspec.commands import console
-from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError, listed
+from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
 from qwenspec.files import write_whole
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import plan
@@ -132,10 +132,8 @@ def _package(spec: Spec, backend: str, device: str | None) -> Iterator[Path]:
     found = find(backend)
     if reason := found.unavailable():
         raise SpecError([reason], ExitCode.BACKEND_MISSING)
-    usable = [name.split()[0] for name in found.devices()]
-    if device is not None and device not in usable and f"{device}:0" not in usable:
-        message = f"the {backend} backend cannot use the device `{device}` here"
-        raise SpecError([Diagnostic("no-device", message, hint=f"use {listed(usable)}")])
+    if device is not None and (reason := no_device(found, device)):
+        raise SpecError([reason])
     with tempfile.TemporaryDirectory(prefix="qwenspec-") as folder:
         yield emit(spec, backend, folder)
 

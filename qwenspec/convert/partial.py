@@ -89,6 +89,8 @@ class Partial:
             _write(self.folder / INDEX, json.dumps(self._index(), indent=2))
         if config is not None:
             _write(self.folder / CONFIG, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+        for file in self.folder.rglob("*"):
+            _keep(file)
         self.folder.replace(self.out)
         for name in OURS:
             (self.out / name).unlink(missing_ok=True)
@@ -212,8 +214,13 @@ def _size(file: Path) -> int:
 def _write(file: Path, text: str) -> None:
     """All of it or nothing."""
     begun = file.with_name(file.name + WRITING)
-    with begun.open("w", encoding="utf-8") as opened:
-        opened.write(text)
-        opened.flush()
-        os.fsync(opened.fileno())  # the name must not reach the disk before what it names
+    begun.write_text(text, encoding="utf-8")
+    _keep(begun)
     begun.replace(file)
+
+
+def _keep(file: Path) -> None:
+    """What is in it is on the disk, which a name that it gets must not reach before."""
+    if file.is_file():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

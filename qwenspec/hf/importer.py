@@ -18,8 +18,9 @@ from qwenspec.hf.writer import write_spec
 from qwenspec.spec.architecture import Architecture
 from qwenspec.spec.base import Dtype
 from qwenspec.spec.check import check
-from qwenspec.spec.checkpoint import Layout, builtin_layouts
+from qwenspec.spec.checkpoint import Layout
 from qwenspec.spec.document import BESIDE, Spec
+from qwenspec.spec.layout import builtin
 
 FAMILIES = {"qwen": "qwen1", "qwen2": "qwen2", "qwen3": "qwen3"}
 BACKBONES = {"qwen": "QWenModel", "qwen2": "Qwen2Model", "qwen3": "Qwen3Model"}
@@ -64,7 +65,7 @@ def import_config(
     assert model_type is not None, "a model type that is not allowed was reported"
     architecture = qwen1.read(keys) if model_type == "qwen" else qwen2.read(keys, model_type == "qwen3")
     architecture |= {"dtype": _dtype(keys, held)} | _head(keys, model_type, held, normalize)
-    layout = _layout(architecture["checkpoint"]["layout"])
+    layout = Layout.model_validate(source_tree.plain(builtin(architecture["checkpoint"]["layout"])))
     if ignore:
         architecture["checkpoint"]["ignore"] = list(ignore)
     has_head = not architecture["tie_word_embeddings"] and architecture.get("lm_head", True) is not None
@@ -145,11 +146,6 @@ def _is_backbone(config: Config, model_type: str) -> bool:
             message = f"`architectures` has {name}; for {model_type} {listed(known)} are supported"
             config.error("unsupported-architecture", message, "architectures")
     return BACKBONES[model_type] in architectures
-
-
-def _layout(name: str) -> Layout:
-    """A built-in layout."""
-    return Layout.model_validate(source_tree.plain(source.parse_file(builtin_layouts()[name]).root))
 
 
 def _spec(tree: Tree, report: Report) -> Spec:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache
 from itertools import islice
 from typing import Any
 
 from pydantic import ValidationError
 
 from qwenspec.diagnostics import Diagnostic, Location, SpecError
-from qwenspec.source import parse_file
-from qwenspec.spec.checkpoint import builtin_layouts
 from qwenspec.spec.document import Spec, names_a_variant
 from qwenspec.spec.explain import Finding, explain
-from qwenspec.spec.layout import layout_node
+from qwenspec.spec.layout import builtin, layout_node
 from qwenspec.spec.rules import RULES
 from qwenspec.tree import Entry, Mapping, Node, Path_, Scalar, at, place, plain
 
@@ -41,7 +38,7 @@ def check(merged: Mapping, variant: str, family: str, description: str, file: st
     root, findings, broken = _with_layout(merged)
     name = variant if names_a_variant(variant) else "unnamed"  # what is wrong with a name is told by its file
     data = plain(root) | {"variant": name, "family": family, "description": description, "file": file}
-    data.setdefault("layout", _stand_in_layout())
+    data.setdefault("layout", plain(builtin("qwen2")))
     try:
         spec = Spec.model_validate(data)
     except ValidationError as error:
@@ -102,7 +99,7 @@ def _repaired(data: dict[str, Any], broken: list[Path_]) -> Spec | None:
     """A valid spec without the broken parts, for the rules that do not read them."""
     for path in (tuple(map(str, steps)) for steps in broken):
         if path[0] == "layout":
-            data["layout"] = _stand_in_layout()
+            data["layout"] = plain(builtin("qwen2"))
             continue
         path = path[:3] if path[0] == "architecture" else path[:1]
         parent = data
@@ -116,9 +113,3 @@ def _repaired(data: dict[str, Any], broken: list[Path_]) -> Spec | None:
         return Spec.model_validate(data)
     except ValidationError:
         return None  # more was wrong than one validation tells: the rest comes after the next correction
-
-
-@cache
-def _stand_in_layout() -> dict[str, Any]:
-    layout: dict[str, Any] = plain(parse_file(builtin_layouts()["qwen2"]).root)
-    return layout

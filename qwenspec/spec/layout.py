@@ -28,7 +28,7 @@ def layout_node(architecture: Node | None) -> Node | None:
     if node is None:
         default = Architecture.model_fields["checkpoint"].default
         assert isinstance(default, Checkpoint)
-        return _builtin(str(default.layout))
+        return builtin(str(default.layout))
     if isinstance(node, Mapping):
         return _extended(node, ())
     return _named(node, ()) if isinstance(node, Scalar) and isinstance(node.value, str) else None
@@ -41,7 +41,7 @@ def _named(node: Scalar, trail: tuple[str, ...]) -> Node:
     """
     name = str(node.value)
     if name in builtin_layouts():
-        return _builtin(name)
+        return builtin(name)
     if "/" not in name and not name.endswith(FILES):
         close = nearest(name, builtin_layouts())
         meant = f"did you mean `{close}`? " if close else ""
@@ -75,7 +75,8 @@ def _extended(layout: Mapping, trail: tuple[str, ...]) -> Mapping:
 
 
 @cache
-def _builtin(name: str) -> Mapping:
+def builtin(name: str) -> Mapping:
+    """The tree of a layout that comes with qwenspec."""
     return source.parse_file(builtin_layouts()[name]).root
 
 

@@ -12,20 +12,15 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
-from qwenspec.backend.fitting import way_out
 from qwenspec.backend.registry import MANIFEST
-from qwenspec.backend.runtime.checkpoint import CheckpointError, read_manifest
+from qwenspec.backend.runtime.checkpoint import read_manifest
 from qwenspec.backend.runtime.quantized import read_quantized
-from qwenspec.backend.runtime.stored import choose_files, either_name, read_headers
-from qwenspec.diagnostics import Diagnostic, SpecError
-from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.verify.dequantize import quantized_matrices
 from qwenspec.verify.reference import Reference
 from qwenspec.verify.reference_rope import Array, attention_factor, inverse_frequencies
 
 Shapes = dict[str, tuple[int, ...]]
-TOLD = 5  # tensors that a diagnostic names
 
 
 def rope_errors(spec: Spec, package: ModuleType) -> dict[int, float]:
@@ -106,23 +101,3 @@ def differing(actual: Shapes, expected: Shapes) -> list[str]:
     told += [f"{name} is not expected" for name in actual if name not in expected]
     both = (name for name in expected if name in actual and actual[name] != expected[name])
     return told + [f"{name} is {list(actual[name])}, not {list(expected[name])}" for name in both]
-
-
-def check_fits(spec: Spec, folder: Path) -> None:
-    """Raises SpecError (`checkpoint`) when the tensors in a checkpoint folder are not those that the spec asks for."""
-    try:
-        headers = either_name(read_headers(choose_files(folder).files), lower(spec).tied_names)
-        stored = {name: header.shape for name, header in headers.items()}
-    except CheckpointError as error:
-        raise SpecError([Diagnostic("checkpoint", str(error))]) from error
-    needed = tensors_read(spec)
-    for module, matrix in quantized_matrices(spec).items():
-        for name in {f"{module}.{suffix}" for suffix in matrix.optional} - set(stored):
-            del needed[name]
-    # One number may have an axis or none.
-    found = {n: (1,) if (shape, needed[n]) == ((), (1,)) else shape for n, shape in stored.items() if n in needed}
-    problems = differing(found, needed)
-    if problems:
-        more = f", and {len(problems) - TOLD:,} more" if len(problems) > TOLD else ""
-        message = f"{folder} does not fit {spec.variant}: {'; '.join(problems[:TOLD])}{more}"
-        raise SpecError([Diagnostic("checkpoint", message, hint=way_out(spec.file, folder))])

@@ -17,8 +17,8 @@ import numpy.typing as npt
 
 from qwenspec.backend.api import Runner
 from qwenspec.backend.emit import emit
-from qwenspec.backend.registry import find, open_runner
-from qwenspec.diagnostics import Diagnostic, listed
+from qwenspec.backend.registry import find, no_device, open_runner
+from qwenspec.diagnostics import Diagnostic
 from qwenspec.ir.lower import lower
 from qwenspec.ir.shard import obstacles
 from qwenspec.spec.document import Spec
@@ -48,11 +48,7 @@ def problem(name: str, spec: Spec, subject: Spec, device: str) -> Diagnostic | N
         return reason
     if unsupported := backend.unsupported(lower(spec)):
         return unsupported[0]
-    devices = [device.split()[0] for device in backend.devices()]
-    if device not in devices and f"{device}:0" not in devices:
-        message = f"the {name} backend cannot use the device `{device}` here"
-        return Diagnostic("no-device", message, hint=f"use {listed(devices)}")
-    return next(iter(obstacles(lower(subject), ranks)), None)
+    return no_device(backend, device) or next(iter(obstacles(lower(subject), ranks)), None)
 
 
 def _open(name: str, case: Case) -> Contender:

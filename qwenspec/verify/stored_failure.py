@@ -12,12 +12,12 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from qwenspec.backend.fitting import check_fits
 from qwenspec.diagnostics import Diagnostic, ExitCode, Location, SpecError, listed
 from qwenspec.ir.lower import lower
 from qwenspec.spec.document import Spec
 from qwenspec.spec.rules import RULES
 from qwenspec.verify.case import HUGGING_FACE, Case
-from qwenspec.verify.full_size import check_fits
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.opening import problem
 from qwenspec.verify.steps import Add, Commit, Fork, Forward, Poison, Popn, Remove, Restart, Step, from_data, path

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, get_args
 
 import qwenspec
 from qwenspec.backend.emit import emit
+from qwenspec.backend.fitting import check_fits
 from qwenspec.backend.load import import_package
 from qwenspec.backend.registry import find, installed
 from qwenspec.backend.runtime.machine import out_of_memory
@@ -26,7 +27,7 @@ from qwenspec.spec.document import Spec
 from qwenspec.verify.bisect import module_errors
 from qwenspec.verify.case import HUGGING_FACE, REFERENCE, Case, backend_and_ranks, excess
 from qwenspec.verify.contenders import Rows
-from qwenspec.verify.full_size import check_fits, differing, rope_errors, tensors_of_package, tensors_read
+from qwenspec.verify.full_size import differing, rope_errors, tensors_of_package, tensors_read
 from qwenspec.verify.huggingface import obstacle
 from qwenspec.verify.metrics import Verdict, bound
 from qwenspec.verify.opening import open_contenders, problem

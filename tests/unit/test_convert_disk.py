@@ -47,6 +47,29 @@ def failing_at(call: int) -> Iterator[list[str]]:
         yield done
 
 
+def test_names_do_not_reach_the_disk_before_what_they_name(source: Any, tmp_path: Path) -> None:
+    kept: set[int] = set()
+    missing: dict[str, list[str]] = {}
+    fsync, replace = os.fsync, os.replace
+
+    def keep(handle: int) -> None:
+        kept.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def name(old: Path, new: Path) -> None:
+        named = [file for file in (old, *old.rglob("*")) if file.is_file()]
+        missing[new.name] = [str(file) for file in named if file.stat().st_ino not in kept]
+        replace(old, new)
+
+    asked = request(source(num_hidden_layers=1), tmp_path / "out", shard_bytes=8_000)
+    (asked.folder / "templates").mkdir()
+    (asked.folder / "templates" / "tool.jinja").write_text("x")
+    with mock.patch.multiple(os, fsync=keep, replace=name):
+        convert(asked)
+    assert {"conversion.json", "config.json", "model.safetensors.index.json", "out"} <= missing.keys()
+    assert not any(missing.values()), missing
+
+
 def test_any_call_may_fail(source: Any, tmp_path: Path) -> None:
     made = source(num_hidden_layers=1)
     options = {"shard_bytes": 8_000}

@@ -103,3 +103,13 @@ def test_a_backend_whose_library_fails_to_import_is_told_as_unavailable(monkeypa
     assert problem.message == (
         "the tvm backend cannot run here: `import tvm` fails: Could not determine home directory."
     )
+
+
+def test_a_device_that_is_not_there_is_told_with_those_that_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = registry.find("triton")
+    monkeypatch.setattr(type(backend), "devices", lambda self: ["cpu", "cuda:0 A GPU"])
+    assert [registry.no_device(backend, device) for device in ("cpu", "cuda", "cuda:0")] == [None] * 3
+    told = registry.no_device(backend, "cuda:1")
+    assert told is not None
+    assert (told.code, told.message) == ("no-device", "the triton backend cannot use the device `cuda:1` here")
+    assert told.hint == "use `cpu` or `cuda:0`"
