@@ -240,6 +240,35 @@ def test_a_wrong_file_is_named(files: dict[str, Any], reason: str, tmp_path: Pat
     assert str(folder) in str(raised.value)
 
 
+BACKTRACKING = {"pattern": {"Regex": "(a+)+$"}}
+NOTHING = {"model": {"type": "WordLevel", "vocab": {"b": 0}, "unk_token": "[UNK]"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"pre_tokenizer": {"type": "Split", "behavior": "Isolated", "invert": False, **BACKTRACKING}},
+            ": Onig: Regex",
+        ),
+        ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}, " is no tokenizer: Precompiled: "),
+        ({"normalizer": {"type": "Replace", "pattern": {"String": ""}, "content": "x"}}, ": index out of bounds"),
+        ({**NOTHING, "added_tokens": []}, r": WordLevel error: Missing \[UNK\]"),
+    ],
+)
+def test_what_ends_inside_the_library_is_about_the_file(changes: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    """Some of it is a panic, which is no Exception."""
+    folder = text_folder(tmp_path / "x", model_type="other", tokenizer_config__json="{}")
+    change(folder / "tokenizer.json", **changes)
+    with pytest.raises(TextError, match=rf"tokenizer\.json{reason}"):
+        Text(folder).encode("a" * 40 + "b")
+
+
+def test_a_text_that_is_too_much_for_the_first_generation(first_generation: tuple[Text, Any, int]) -> None:
+    with pytest.raises(TextError, match=r"qwen\.tiktoken: .*stack size"):
+        first_generation[0].encode(" " * 1_000_000)
+
+
 def test_a_text_that_is_not_unicode() -> None:
     with pytest.raises(TextError, match=r"the text is not UTF-8: character 3 is '\\udcff'"):
         Text(TINY).encode("ab\udcff")
