@@ -8,7 +8,8 @@ from __future__ import annotations
 import base64
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,8 @@ class JsonTokenizer:
         stored = read_json(file) if file.exists() else {"model": _vocabulary(folder)}
         rebuilt = not file.exists() or _is_qwen2(folder, config, stored.get("model"))
         content = _qwen2(stored, bool(config.get("add_prefix_space"))) if rebuilt else stored
-        self._tokenizer = _build(content, file if file.exists() else folder / "vocab.json")
+        self._file = file if file.exists() else folder / "vocab.json"
+        self._tokenizer = _build(content, self._file)
         self._tokenizer.encode_special_tokens = bool(config.get("split_special_tokens"))
         if rebuilt:
             config = {"unk_token": END, "eos_token": END, "pad_token": END} | config
@@ -52,18 +54,21 @@ class JsonTokenizer:
         self.special_tokens = {name: str(token) for name, token in named.items()}
         for token in (*added, *special):
             token.special = token.special or str(token) in self.special_tokens.values()
-        self._tokenizer.add_tokens([*added, *(token for token in special if str(token) not in present)])
-        if rebuilt:
-            self._tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
+        with _blamed(str(self._file)):
+            self._tokenizer.add_tokens([*added, *(token for token in special if str(token) not in present)])
+            if rebuilt:
+                self._tokenizer.add_tokens([AddedToken(str(token), special=True) for token in special])
         if not file.exists():
             self._add_ends(bool(config.get("add_bos_token")), bool(config.get("add_eos_token")))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with _blamed(str(self._file)):
+            return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without special tokens; bytes that are no character become U+FFFD."""
-        return str(self._tokenizer.decode(list(ids)))
+        with _blamed(str(self._file)):
+            return str(self._tokenizer.decode(list(ids)))
 
     def _add_ends(self, first: bool, last: bool) -> None:
         """Put the bos and eos token round every text, where there is one."""
@@ -94,13 +99,15 @@ class TiktokenTokenizer:
             raise TextError(f"{file}: ranks must count from 0, and every byte must have one")
         names = (END, "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
         special = {name: len(ranks) + i for i, name in enumerate(names)}
+        self._file = file
         self.special_tokens: dict[str, str] = {}  # none has a name
         self._ordinary = len(ranks)
         self._encoding = tiktoken.Encoding("qwen", pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Nothing is put round a text, whatever `add_special_tokens` says."""
-        return list(self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all"))
+        with _blamed(str(self._file)):
+            return list(self._encoding.encode(unicodedata.normalize("NFC", text), allowed_special="all"))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Without special tokens; bytes that are no character become U+FFFD."""
@@ -153,19 +160,26 @@ def _vocabulary(folder: Path) -> dict[str, Any]:
     vocab, merges = folder / "vocab.json", folder / "merges.txt"
     read_text(merges)  # says what is wrong with the file itself
     read_json(vocab)
-    try:
+    with _blamed(f"{vocab} and {merges.name}"):
         found = BPE.read_file(str(vocab), str(merges))
-    except Exception as error:  # the library raises nothing narrower
-        raise TextError(f"{vocab} and {merges.name}: {error}") from error
     return {"vocab": found[0], "merges": found[1]}
 
 
 def _build(content: dict[str, Any], file: Path) -> Tokenizer:
     """Without truncation and padding, which are of training."""
-    try:
+    with _blamed(f"{file} is no tokenizer"):
         return Tokenizer.from_str(json.dumps({**content, "truncation": None, "padding": None}))
-    except Exception as error:  # the library raises nothing narrower
-        raise TextError(f"{file} is no tokenizer: {error}") from error
+
+
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """What a library raises is an error about this. They raise nothing narrower, and panics, which are no Exception."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException":
+            raise TextError(f"{what}: {error}") from error
+        raise
 
 
 def _config(folder: Path) -> dict[str, Any]:
