@@ -3,7 +3,6 @@ activations that all round alike."""
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -131,29 +130,29 @@ ALIKE = 2e-5  # of a row: what float32 explains, with all roundings to e4m3 alik
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    ("quantization", "skip", "seeds"),
+    ("quantization", "skip"),
     [
-        ({"scheme": "fp8_block", "block": (16, 16)}, [], 2),
-        ({"scheme": "fp8_block", "block": (20, 12)}, [K], 2),
-        ({"scheme": "fp8_block", "block": (128, 128)}, [DOWN], 2),
-        ({"scheme": "fp8"}, [K], 1),
-        ({"scheme": "fp8", "activations": "static"}, [], 1),
+        ({"scheme": "fp8_block", "block": (16, 16)}, []),
+        ({"scheme": "fp8_block", "block": (20, 12)}, [K]),
+        ({"scheme": "fp8_block", "block": (128, 128)}, [DOWN]),
+        ({"scheme": "fp8"}, [K]),
+        ({"scheme": "fp8", "activations": "static"}, []),
     ],
     ids=["even", "ragged", "large", "token", "stored"],
 )
-def test_activations_are_rounded_alike(quantization: dict[str, Any], skip: list[str], seeds: int, backend: str) -> None:
+def test_activations_are_rounded_alike(quantization: dict[str, Any], skip: list[str], backend: str) -> None:
     """In float32 most rows of all modules are those of the reference: a rounding that goes the other way, as a sum is
     another in its last bit, is rare, and then every module of the token shows it. A scale that is not the group's, or
     another way to round, would show everywhere."""
     alike = total = 0
-    for seed, layout in itertools.product(range(seeds), ("qwen2", "qwen1")):
+    for layout in ("qwen2", "qwen1"):
         named = [] if layout == "qwen1" else skip
         spec = spec_of(WIDE | SMALL | {"checkpoint": {"layout": layout}}, quantization | {"skip": named})
-        case = Case(spec, seed, "float32", SIZES, ("reference", backend))
+        case = Case(spec, 0, "float32", SIZES, ("reference", backend))
         taps = []
         for contender in open_contenders(case).values():
             contender.do(Add(0))
-            taps.append(contender.taps(Forward({0: ids(30, seed)})))
+            taps.append(contender.taps(Forward({0: ids(30, 0)})))
         for address, expected in taps[0].items():
             rows = expected.reshape(30, -1)
             far = np.linalg.norm(taps[1][address].reshape(30, -1) - rows, axis=1) / np.linalg.norm(rows, axis=1)
