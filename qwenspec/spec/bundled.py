@@ -62,7 +62,8 @@ def resolve(name: str, wanted_by: Location | None = None) -> str:
         return found
     base = os.path.basename(file)
     if base in files():
-        hint = f"`{PREFIX}{base}{mark}{variant}` comes with qwenspec"
+        known = f"{mark}{variant}" if variants().get(variant) == base else ""
+        hint = f"`{PREFIX}{base}{known}` comes with qwenspec"
         raise SpecError([Diagnostic("file-not-found", f"there is no file `{file}`", Location(file, 0, 0), hint)])
     if owner.lower() not in ("", HUB) or "#" in name or name.endswith((*SUFFIXES, ".json")):
         return name  # a path, which whoever reads it will not find

@@ -104,6 +104,7 @@ def test_what_exists_is_never_taken_for_a_name(tmp_path: Path, monkeypatch: pyte
         ("qwenspec:qwen3-0.66b", "unknown-spec", "did you mean `qwen3-0.6b`"),
         ("something-else", "unknown-spec", "`qwenspec list` shows what comes with qwenspec"),
         ("no/such/qwen3.yaml#qwen3-8b", "file-not-found", "`qwenspec:qwen3.yaml#qwen3-8b` comes with qwenspec"),
+        ("qwen3.yaml#no-such", "file-not-found", "`qwenspec:qwen3.yaml` comes with qwenspec"),
         ("no/such/thing", "file-not-found", ""),
         ("Llama/Qwen3-0.6B", "file-not-found", ""),
     ],
