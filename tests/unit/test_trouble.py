@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 from cli_runs import ROOT, TINY, call, on_terminal
 
+import qwenspec
+from qwenspec.backend.runtime import console as runtime_console
 from qwenspec.backend.runtime.machine import machine_problem
 from qwenspec.commands import console, interrupt
 from qwenspec.commands import verify as verify_command
@@ -322,6 +324,29 @@ def test_the_command_is_interrupted_while_it_is_imported(tmp_path: Path) -> None
     (tmp_path / "typer.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
     done = process("qwenspec backends", PYTHONPATH=str(tmp_path))
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(("backend", "library"), [("triton", "torch"), ("tvm", "tvm")])
+@pytest.mark.parametrize("then", ["pass", "raise ImportError('greedy') from error"], ids=["swallowed", "translated"])
+def test_a_package_is_interrupted_while_it_is_imported(
+    tmp_path: Path, spec: Path, backend: str, library: str, then: str
+) -> None:
+    package = qwenspec.emit(qwenspec.load(spec), backend, tmp_path)
+    (tmp_path / f"{library}.py").write_text(GREEDY.format(then=then) + "print('went on', flush=True)\n")
+    modules = [package.name] if backend == "triton" else [package.name, f"{package.name}.build"]
+    for module in modules:
+        done = process(f"exec {sys.executable} -m {module} --weights x", PYTHONPATH=str(tmp_path))
+        assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+    done = process(f"{sys.executable} -c 'import {package.name}'", PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1, "by an exception: whoever imports the package may catch it"
+
+
+def test_a_package_that_runs_is_interrupted_by_an_exception() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        assert runtime_console.ended(lambda: signal.raise_signal(signal.SIGINT)) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_remarks_and_diffs_are_printed_without_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) -> None:
