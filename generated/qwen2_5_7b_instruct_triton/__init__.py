@@ -3,6 +3,10 @@
 #   qwenspec gen specs/qwen2_5.yaml --variant qwen2.5-7b-instruct --backend triton
 """qwen2.5-7b-instruct in PyTorch and Triton: `Model.load(folder)`, then the methods of `Model`, or `generate`."""
 
+from .console import die_of_ctrl_c
+
+die_of_ctrl_c(__name__)
+
 from .answers import Piece, answer
 from .cache import Batch, PagedKVCache
 from .config import Config

@@ -5,6 +5,9 @@
 
 from importlib.util import find_spec
 
+from .console import die_of_ctrl_c
+
+die_of_ctrl_c(__name__)
 if find_spec("tvm") is None:
     raise ModuleNotFoundError("this package needs TVM, which is not installed: pip install apache-tvm==0.27.0.post1")
 

@@ -3,6 +3,10 @@
 #   qwenspec gen specs/qwen3.yaml --variant qwen3-0.6b --backend triton --kv-cache fp8_e4m3
 """qwen3-0.6b in PyTorch and Triton: `Model.load(folder)`, then the methods of `Model`, or `generate`."""
 
+from .console import die_of_ctrl_c
+
+die_of_ctrl_c(__name__)
+
 from .answers import Piece, answer
 from .cache import Batch, PagedKVCache
 from .config import Config

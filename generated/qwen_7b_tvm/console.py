@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 
@@ -16,8 +17,18 @@ INTERRUPTED = 130  # as a shell says it of SIGINT
 BROKEN_PIPE = 141  # of SIGPIPE
 
 
+def die_of_ctrl_c(package: str) -> None:
+    """While `python -m package` imports libraries, Ctrl-C ends the process at once: there is nothing that they could
+    catch, or Python print. `ended` takes this back."""
+    running = sys.argv[0] == "-m" and any(f"{word}.".startswith(f"{package}.") for word in sys.orig_argv)
+    if running and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def ended(run: Callable[[], None], *errors: type[Exception]) -> int:
     """Run, and return the exit code: 2 after trouble that is told in a sentence, such as one of `errors`."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.stderr is None:  # closed by whoever started the command
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
     try:
