@@ -22,6 +22,8 @@ PARALLEL := -n auto --maxprocesses 8 --dist
 # What TVM packages compile is compiled once for all of these, unless the environment names a folder that stays.
 LIBRARIES := $(CURDIR)/build/test-libraries
 test: export QWENSPEC_CACHE ?= $(LIBRARIES)
+# A process a core.
+test: export OMP_NUM_THREADS ?= 1
 test: $(INSTALLED)
 	rm -rf '$(LIBRARIES)'
 	$(PYTEST) $(PARALLEL) loadfile -m "not interpreter and not aot and not gpu" --ignore=tests/hf_parity --ignore=tests/equivalence

@@ -7,6 +7,7 @@ every text is there.
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import re
 import shlex
@@ -96,6 +97,7 @@ def dump_manifest(manifest: Mapping[str, object]) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+@functools.cache
 def environment(*templates: Path) -> jinja2.Environment:
     """Templates of the folders, the first that has a name. They give shape and Python holds logic: an undefined name
     is an error."""

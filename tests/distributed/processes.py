@@ -19,6 +19,7 @@ from qwenspec.backend import package
 from qwenspec.ir import shares
 
 SCENARIOS = Path(__file__).with_name("scenarios.py")
+PAGE = 4096  # bytes
 PATIENCE = 600  # seconds: only what hangs takes longer, however busy the machine is
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 LAUNCHERS_OWN = ("TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_")
@@ -72,11 +73,12 @@ def environment(**changes: str) -> dict[str, str]:
 
 def start(command: Sequence[str], **changes: str) -> subprocess.Popen[str]:
     """A process in a session of its own, as a terminal would have it: one that Ctrl-C reaches, which it does not where
-    tests run in the background."""
+    tests run in the background. Its pipes hold a page: one that says much waits for its reader, however fast it is."""
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        pipesize=PAGE,
         text=True,
         env=environment(**changes),
         start_new_session=True,
