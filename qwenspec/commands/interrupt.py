@@ -39,9 +39,7 @@ def _insist(importing: FrameType) -> None:
     def trace(frame: FrameType, event: str, argument: Any) -> Any:
         if event != "return":
             return trace
-        sys.settrace(None)
-        frame.f_trace = None
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt  # with which Python takes the trace function back
 
     importing.f_trace = trace
     sys.settrace(lambda *_: None)  # without one for calls, Python asks none of a frame

@@ -30,6 +30,22 @@ NAMES_MUTANTS = (
         tests=NAMES,
     ),
     Mutant(
+        "any_variant_is_said_to_be_bundled",
+        BUNDLED,
+        'known = f"{mark}{variant}" if variants().get(variant) == base else ""',
+        'known = f"{mark}{variant}"',
+        "a hint that leads to the next error",
+        tests=NAMES,
+    ),
+    Mutant(
+        "no_variant_is_said_to_be_bundled",
+        BUNDLED,
+        'known = f"{mark}{variant}" if variants().get(variant) == base else ""',
+        'known = ""',
+        "the hint loses the variant that was asked for",
+        tests=NAMES,
+    ),
+    Mutant(
         "bundled_file_has_a_path",
         "qwenspec/spec/files.py",
         "source.read(bundled.path_of(name), wanted_by), name)",

@@ -389,6 +389,30 @@ TOKENIZER_MUTANTS = (
         "Qwen reads digits one by one",
         tests=IN_TOKENIZER,
     ),
+    Mutant(
+        "panics_of_the_tokenizer_escape",
+        TOKENIZER,
+        "    except BaseException as error:\n        if type(error) in",
+        "    except Exception as error:\n        if type(error) in",
+        "Rust's panics are no Exception",
+        tests=IN_TOKENIZER,
+    ),
+    Mutant(
+        "encoding_is_not_about_the_file",
+        TOKENIZER,
+        "        with _blamed(str(self._file)):\n            return list(self._tokenizer.encode(",
+        "        if True:\n            return list(self._tokenizer.encode(",
+        "a regular expression that never ends is a traceback",
+        tests=IN_TOKENIZER,
+    ),
+    Mutant(
+        "interrupts_are_about_the_tokenizer",
+        TOKENIZER,
+        'type(error) in (Exception, ValueError) or type(error).__name__ == "PanicException"',
+        "isinstance(error, BaseException)",
+        "Ctrl-C while a long text is encoded blames the file",
+        tests=IN_TOKENIZER,
+    ),
 )
 
 TEXT_MUTANTS = (*SAMPLING_MUTANTS, *STREAM_MUTANTS, *TEMPLATE_MUTANTS, *TOKENIZER_MUTANTS)

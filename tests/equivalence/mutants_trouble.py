@@ -7,6 +7,7 @@ from mutant import RUNTIME, Mutant
 CONSOLE = "qwenspec/commands/console.py"
 INTERRUPT = "qwenspec/commands/interrupt.py"
 MACHINE = f"{RUNTIME}/machine.py"
+PACKAGE_CONSOLE = f"{RUNTIME}/console.py"
 CONVERT = "qwenspec/convert/convert.py"
 PARTIAL = "qwenspec/convert/partial.py"
 SOURCE = "qwenspec/source.py"
@@ -14,6 +15,7 @@ SHARES = "qwenspec/ir/shares.py"
 
 TROUBLE = ("tests/unit/test_trouble.py",)
 CONVERSION = ("tests/unit/test_convert.py",)
+ON_DISK = ("tests/unit/test_convert_disk.py",)
 INTERRUPTED = ("tests/unit/test_convert_interrupted.py",)
 
 TROUBLE_MUTANTS = (
@@ -162,20 +164,92 @@ TROUBLE_MUTANTS = (
         tests=TROUBLE,
     ),
     Mutant(
-        "an_interrupt_comes_twice",
-        INTERRUPT,
-        "        sys.settrace(None)\n        frame.f_trace = None\n",
-        "",
-        "what is left of tracing makes everything slow",
-        tests=TROUBLE,
-    ),
-    Mutant(
         "interrupts_that_are_ignored_count",
         INTERRUPT,
         "if signal.getsignal(signal.SIGINT) is signal.default_int_handler:",
         "if True:",
         "nohup and background jobs",
         tests=TROUBLE,
+    ),
+    Mutant(
+        "importing_packages_catch_interrupts",
+        PACKAGE_CONSOLE,
+        "        signal.signal(signal.SIGINT, signal.SIG_DFL)\n",
+        "        pass\n",
+        "a library swallows Ctrl-C while a package imports it",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "a_module_of_the_package_catches_interrupts",
+        PACKAGE_CONSOLE,
+        'any(f"{word}.".startswith(f"{package}.") for word in sys.orig_argv)',
+        "package in sys.orig_argv",
+        "python -m package.build imports the package too",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "whoever_imports_a_package_dies_of_ctrl_c",
+        PACKAGE_CONSOLE,
+        "    if running and signal.getsignal(",
+        "    if signal.getsignal(",
+        "a server that imports the package handles Ctrl-C itself",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "ignored_interrupts_end_a_package",
+        PACKAGE_CONSOLE,
+        "if running and signal.getsignal(signal.SIGINT) is signal.default_int_handler:",
+        "if running:",
+        "nohup and background jobs",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "a_running_package_dies_of_ctrl_c",
+        PACKAGE_CONSOLE,
+        "        signal.signal(signal.SIGINT, signal.default_int_handler)\n",
+        "        pass\n",
+        "nothing is tidied up, and the exit code is not 130",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "triton_package_catches_interrupts_of_imports",
+        "backends/qwenspec_triton/templates/__init__.py.jinja",
+        "die_of_ctrl_c(__name__)\n",
+        "",
+        "it must be said before torch is imported",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "tvm_package_catches_interrupts_of_imports",
+        "backends/qwenspec_tvm/templates/__init__.py.jinja",
+        "die_of_ctrl_c(__name__)\n",
+        "",
+        "it must be said before TVM is imported",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "names_before_what_they_name",
+        PARTIAL,
+        "    _keep(begun)\n",
+        "",
+        "a machine that stops leaves an empty config.json",
+        tests=ON_DISK,
+    ),
+    Mutant(
+        "copied_files_are_not_on_the_disk",
+        PARTIAL,
+        '        for file in self.folder.rglob("*"):\n            _keep(file)\n',
+        "",
+        "a machine that stops leaves an empty tokenizer",
+        tests=ON_DISK,
+    ),
+    Mutant(
+        "files_of_folders_are_not_on_the_disk",
+        PARTIAL,
+        '        for file in self.folder.rglob("*"):',
+        '        for file in self.folder.glob("*"):',
+        "chat templates are in a folder of theirs",
+        tests=ON_DISK,
     ),
     Mutant(
         "conversion_that_only_began_is_foreign",

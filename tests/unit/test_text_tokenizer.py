@@ -7,6 +7,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from qwenspec.backend.runtime.stored import CheckpointError
 from qwenspec.backend.runtime.text import Text, TextError
+from qwenspec.backend.runtime.tokenizer import JsonTokenizer
 
 logging.set_verbosity_error()
 
@@ -262,6 +264,15 @@ def test_what_ends_inside_the_library_is_about_the_file(changes: dict[str, Any],
     change(folder / "tokenizer.json", **changes)
     with pytest.raises(TextError, match=rf"tokenizer\.json{reason}"):
         Text(folder).encode("a" * 40 + "b")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, TypeError])
+def test_what_is_not_about_the_file_stays_what_it_is(error: type[BaseException]) -> None:
+    reader = JsonTokenizer(TINY)
+    reader._tokenizer = mock.Mock()
+    reader._tokenizer.encode.side_effect = error
+    with pytest.raises(error):
+        reader.encode("a", add_special_tokens=False)
 
 
 def test_a_text_that_is_too_much_for_the_first_generation(first_generation: tuple[Text, Any, int]) -> None:

@@ -341,6 +341,17 @@ def test_a_package_is_interrupted_while_it_is_imported(
     assert done.returncode == 1, "by an exception: whoever imports the package may catch it"
 
 
+def test_an_interrupt_that_a_package_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["-m"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "package"])
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        runtime_console.die_of_ctrl_c("package")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_package_that_runs_is_interrupted_by_an_exception() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
