@@ -14,7 +14,7 @@ from typing import Any
 
 from tvm import IRModule, relax
 from tvm.ir import StringImm
-from tvm.ir.transform import Pass, Sequential
+from tvm.ir.transform import Pass, PassContext, Sequential
 from tvm.relax.transform import (
     AttachGlobalSymbol,
     CallTIRRewrite,
@@ -78,7 +78,14 @@ def compile_module(module: IRModule, target: Target, metadata: dict[str, Any]) -
     module["_metadata"] = _constant_function(json.dumps(metadata))
     with target:
         module = Sequential([*_operators(target), *_virtual_machine()])(module)
-    return relax.build(module, target, relax_pipeline=None)
+    with PassContext(opt_level=PassContext.current().opt_level, disabled_pass=_needless(target)):
+        return relax.build(module, target, relax_pipeline=None)
+
+
+def _needless(target: Target) -> list[str]:
+    """The pass that shrinks buffers to what is used of them: on CPUs the kernels' are no larger, and finding that out
+    would take a quarter of the time."""
+    return ["s_tir.CompactBufferAllocation"] if target.kind.name == "llvm" else []
 
 
 def _operators(target: Target) -> list[Pass]:
