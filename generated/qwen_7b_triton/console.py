@@ -20,7 +20,9 @@ BROKEN_PIPE = 141  # of SIGPIPE
 def die_of_ctrl_c(package: str) -> None:
     """While `python -m package` imports libraries, Ctrl-C ends the process at once: there is nothing that they could
     catch, or Python print. `ended` takes this back."""
-    running = sys.argv[0] == "-m" and any(f"{word}.".startswith(f"{package}.") for word in sys.orig_argv)
+    running = sys.argv[0] == "-m" and any(
+        f"{word.removeprefix('-m')}.".startswith(f"{package}.") for word in sys.orig_argv
+    )
     if running and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -182,9 +182,17 @@ TROUBLE_MUTANTS = (
     Mutant(
         "a_module_of_the_package_catches_interrupts",
         PACKAGE_CONSOLE,
-        'any(f"{word}.".startswith(f"{package}.") for word in sys.orig_argv)',
-        "package in sys.orig_argv",
+        """f"{word.removeprefix('-m')}.".startswith(f"{package}.") for""",
+        "word.removeprefix('-m') == package for",
         "python -m package.build imports the package too",
+        tests=TROUBLE,
+    ),
+    Mutant(
+        "an_option_beside_its_module_catches_interrupts",
+        PACKAGE_CONSOLE,
+        "word.removeprefix('-m')",
+        "word",
+        "python -mpackage, without a space",
         tests=TROUBLE,
     ),
     Mutant(

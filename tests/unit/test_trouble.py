@@ -334,8 +334,8 @@ def test_a_package_is_interrupted_while_it_is_imported(
     package = qwenspec.emit(qwenspec.load(spec), backend, tmp_path)
     (tmp_path / f"{library}.py").write_text(GREEDY.format(then=then) + "print('went on', flush=True)\n")
     modules = [package.name] if backend == "triton" else [package.name, f"{package.name}.build"]
-    for module in modules:
-        done = process(f"exec {sys.executable} -m {module} --weights x", PYTHONPATH=str(tmp_path))
+    for module in (f"-m {modules[0]}", *(f"-m{module}" for module in modules)):
+        done = process(f"exec {sys.executable} {module} --weights x", PYTHONPATH=str(tmp_path))
         assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
     done = process(f"{sys.executable} -c 'import {package.name}'", PYTHONPATH=str(tmp_path))
     assert done.returncode == 1, "by an exception: whoever imports the package may catch it"
