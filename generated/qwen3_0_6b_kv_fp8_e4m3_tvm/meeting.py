@@ -248,7 +248,7 @@ class Meeting:
                     raise StoreGone(f"{self.name} ends with its launcher")
                 store.count(f"beats/{self.ranks.rank}")
                 heard = store.count(f"beats/{neighbour}", 0)
-                if heard != beats or store.has(f"done/{neighbour}"):
+                if heard != beats or store.has(f"left/{neighbour}"):
                     beats, since = heard, time.monotonic()
                 if time.monotonic() - since > SILENCE_SECONDS:
                     store.first("cause", f"rank {neighbour} was not heard of for {SILENCE_SECONDS:g} s")
@@ -287,6 +287,12 @@ class Meeting:
             return self.fail(said)
         return said
 
+    def agree(self, word: str) -> None:
+        """Say that this rank has come so far; the one that hosts the store waits until all have."""
+        self.store.set(f"{word}/{self.ranks.rank}", "")
+        if self.hosts_store:
+            self.store.wait(*(f"{word}/{rank}" for rank in range(self.ranks.size)), seconds=math.inf)
+
     def leave(self) -> None:
         """At the end of the process. Where rank 0 hosts the store it is the last to go."""
         import torch.distributed as dist
@@ -295,11 +301,12 @@ class Meeting:
             return
         with contextlib.suppress(StoreGone):  # rank 0 has gone: nobody needs anything
             if not self.failed:
-                self.store.set(f"done/{self.ranks.rank}", "")
-                if self.hosts_store:
-                    self.store.wait(*(f"done/{rank}" for rank in range(self.ranks.size)), seconds=math.inf)
+                self.agree("done")
                 if dist.is_initialized():
                     dist.destroy_process_group()
+                if not self.hosts_store:
+                    self.leaving.set()  # from here on the store may be gone
+                self.agree("left")
             elif self.hosts_store:
                 time.sleep(BEAT_SECONDS)  # the others read the cause
         self.leaving.set()

@@ -96,6 +96,12 @@ def main(scenario: str) -> None:
 
         say_threads()
         add_up(here)
+    elif scenario == "leave slowly":
+        here = ranks.join("cpu")
+        dist = importlib.import_module("torch.distributed")
+        destroy = dist.destroy_process_group
+        dist.destroy_process_group = lambda: (time.sleep(RANK), destroy())
+        add_up(here)
     elif scenario == "load":
         say(ranks.together(ranks.join("cpu"), load))
     elif scenario == "fail":

@@ -48,6 +48,12 @@ def test_no_thread_of_the_process_group_is_left_when_the_interpreter_ends(team: 
         assert after == "[]"
 
 
+def test_a_rank_that_takes_its_time_to_leave(team: Path) -> None:
+    """Rank 0 keeps the store for as long as another is not yet through."""
+    slow = by_hand([scenario(team, "leave slowly")] * 2, CONSTANTS='{"BEAT_SECONDS": 0.1}')
+    assert [(code, err) for code, _, err in finish(*slow)] == [(0, ""), (0, "")]
+
+
 def test_one_rank_imports_nothing_for_it(team: Path) -> None:
     ask = "import sys, team.ranks as r; assert r.join('cpu') == r.Ranks(); assert r.together(r.Ranks(), dict) == {}; "
     command = [sys.executable, "-c", ask + "assert 'torch' not in sys.modules"]

@@ -192,4 +192,12 @@ FRONT_MUTANTS = (
         "a thread of the process group frees a tensor without the interpreter, and aborts",
         tests=("tests/distributed/test_joining.py",),
     ),
+    Mutant(
+        "store_goes_while_another_leaves",
+        "qwenspec/backend/runtime/meeting.py",
+        '                self.agree("left")\n',
+        "",
+        "on a busy machine a rank that has answered ends with an error",
+        tests=("tests/distributed/test_joining.py",),
+    ),
 )
