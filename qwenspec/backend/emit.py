@@ -24,7 +24,7 @@ from qwenspec.backend import folder
 from qwenspec.backend.api import Backend
 from qwenspec.backend.quoting import comment
 from qwenspec.backend.registry import MANIFEST, find
-from qwenspec.diagnostics import SpecError
+from qwenspec.diagnostics import Diagnostic, SpecError
 from qwenspec.ir.lower import lower
 from qwenspec.ir.nodes import Model
 from qwenspec.spec.document import Spec
@@ -111,27 +111,36 @@ def environment(*templates: Path) -> jinja2.Environment:
 
 
 def format_files(files: Mapping[str, str]) -> dict[str, str]:
-    """Sort imports, drop unused ones and format, with the pinned ruff and no one's configuration."""
-    with tempfile.TemporaryDirectory() as temporary:
-        root = Path(temporary)
-        for name, text in files.items():
-            (root / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / name).write_text(text, encoding="utf-8")
-        common = [
-            "--isolated",
-            "--no-cache",
-            "--quiet",
-            "--line-length",
-            str(LINE_LENGTH),
-            "--target-version",
-            "py311",
-        ]
-        ruff = [sys.executable, "-P", "-m", "ruff"]
-        fix = ["check", "--fix", "--select", "F401,I", *common, "."]
-        for command in (fix, ["format", *common, "."]):
-            done = subprocess.run([*ruff, *command], cwd=root, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"generated code that ruff rejects:\n{done.stdout}{done.stderr}"
-        return {name: (root / name).read_text(encoding="utf-8") for name in files}
+    """Sort imports, drop unused ones and format, with the pinned ruff and no one's configuration.
+
+    Raises SpecError (`cannot-write`) where there is no room for temporary files."""
+    try:
+        with tempfile.TemporaryDirectory() as temporary:
+            return _formatted(files, Path(temporary))
+    except OSError as error:
+        problem = f"temporary files, in {tempfile.gettempdir()}: {error.strerror or error}"
+        raise SpecError([Diagnostic("cannot-write", problem, hint="TMPDIR names another folder")]) from error
+
+
+def _formatted(files: Mapping[str, str], root: Path) -> dict[str, str]:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text, encoding="utf-8")
+    common = [
+        "--isolated",
+        "--no-cache",
+        "--quiet",
+        "--line-length",
+        str(LINE_LENGTH),
+        "--target-version",
+        "py311",
+    ]
+    ruff = [sys.executable, "-P", "-m", "ruff"]
+    fix = ["check", "--fix", "--select", "F401,I", *common, "."]
+    for command in (fix, ["format", *common, "."]):
+        done = subprocess.run([*ruff, *command], cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"generated code that ruff rejects:\n{done.stdout}{done.stderr}"
+    return {name: (root / name).read_text(encoding="utf-8") for name in files}
 
 
 def _diff(name: str, old: str | None, new: str | None) -> str:

@@ -25,7 +25,9 @@ from pathlib import Path, PurePosixPath
 from qwenspec.backend.registry import MANIFEST
 from qwenspec.diagnostics import Diagnostic, SpecError, listed
 
-COMPILED = "__pycache__"  # Python makes it again
+# What Python keeps in __pycache__ and makes again, half written too; what else is there is somebody's.
+COMPILED = "__pycache__"
+_CODE = re.compile(r".+\.pyc(\.\d+)?")
 PATIENCE = 60.0  # seconds; another process writes for less than one, but anyone may hold the lock
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # of Linux's renameat2
 
@@ -47,10 +49,12 @@ class Present:
 
 @dataclass(frozen=True)
 class Written:
-    """What writing a package met. `kept`: files of somebody else. `replaced`: the package's, edited since."""
+    """What writing a package met. `kept`: files of somebody else. `replaced`: the package's, edited since. `removed`:
+    the package's, which this version does not have."""
 
     kept: tuple[str, ...] = ()
     replaced: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
 
 
 def hashes(files: Mapping[str, str]) -> list[dict[str, str]]:
@@ -99,7 +103,7 @@ def write(package: Path, files: Mapping[str, str]) -> Written:
             if stale <= present.edited and all(present.files.get(name) == text for name, text in new.items()):
                 return Written(kept)
             _replace(package, new, present, kept)
-            return Written(kept, tuple(sorted(present.edited & new.keys())))
+            return Written(kept, tuple(sorted(present.edited & new.keys())), tuple(sorted(stale - present.edited)))
     except OSError as error:
         problem = f"{package}: {error.strerror or error}"
         raise SpecError([Diagnostic("cannot-write", problem, hint="choose another folder with --out")]) from error
@@ -115,14 +119,15 @@ def _entries(package: Path) -> Iterator[str]:
         raise error
 
     for folder, folders, files in os.walk(package, onerror=fail):
+        compiled = os.path.basename(folder) == COMPILED
+        if compiled:
+            files = [name for name in files if not _CODE.fullmatch(name)]
         for name in (*folders, *files):
             if os.path.islink(os.path.join(folder, name)):
                 raise _link(Path(folder, name))
-        if COMPILED in folders:
-            folders.remove(COMPILED)
         inside = Path(folder).relative_to(package)
         yield from ((inside / name).as_posix() for name in files)
-        if not folders and not files and Path(folder) != package:
+        if not folders and not files and not compiled and Path(folder) != package:
             yield inside.as_posix()
 
 

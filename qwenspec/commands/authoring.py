@@ -10,7 +10,7 @@ from typing import Any
 from qwenspec import source
 from qwenspec.commands import console
 from qwenspec.diagnostics import Diagnostic, ExitCode, SpecError
-from qwenspec.files import write_whole
+from qwenspec.files import check_place, write_whole
 from qwenspec.spec.load import load_all
 
 SCHEMA = Path("specs/schema/spec.v1.schema.json")
@@ -79,6 +79,8 @@ def import_spec(
     from qwenspec.hf.checkpoint import import_path
     from qwenspec.hf.writer import write_spec
 
+    if out is not None:
+        check_place(out)
     if out is not None and out.exists() and not force:
         message = f"{out} exists already"
         raise SpecError([Diagnostic("file-exists", message, hint="`--force` overwrites it")])

@@ -30,6 +30,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 PACKAGE = Path(__file__).parents[1]
+PRINTING = {"click", "rich", "typer"}  # who else prints; of files, errors have names
 
 
 def show(text: str, paint: Callable[[str], str] = str) -> None:
@@ -197,6 +198,9 @@ def _discard_unwritten() -> None:
 def _explained(error: Exception) -> ExitCode:
     """An error that is about the machine is the user's to mend; any other is our bug."""
     problem = machine_problem(error)
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if raised == Path(__file__) or PRINTING & set(raised.parts[-3:-1]):
+        problem = problem and f"standard output: {problem}"
     if os.environ.get("QWENSPEC_TRACEBACK") == "1":
         traceback.print_exception(error)
         return ExitCode.USAGE if problem else ExitCode.INTERNAL

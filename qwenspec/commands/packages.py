@@ -116,6 +116,8 @@ def _notes(package: str, met: folder.Written) -> Iterator[str]:
         yield f"{package}: kept what qwenspec did not write: {_shortened(met.kept)}"
     if met.replaced:
         yield f"{package}: replaced what had been edited: {_shortened(met.replaced)}"
+    if met.removed:
+        yield f"{package}: removed what this version does not have: {_shortened(met.removed)}"
 
 
 def _shortened(names: Sequence[str]) -> str:

@@ -21,6 +21,38 @@ OF_FAILURES = ("tests/unit/test_verify_failure.py",)
 
 WRITING_MUTANTS = (
     Mutant(
+        "anything_beside_compiled_code_is_pythons",
+        FOLDER,
+        "if not _CODE.fullmatch(name)]",
+        "if False]",
+        "what somebody put into __pycache__ goes with the next version",
+        tests=OF_FOLDERS,
+    ),
+    Mutant(
+        "removals_are_not_said",
+        "qwenspec/commands/packages.py",
+        "    if met.removed:\n",
+        "    if False:\n",
+        "a manifest that lists somebody's file makes it go without a word",
+        tests=OF_FOLDERS,
+    ),
+    Mutant(
+        "standard_output_is_not_named",
+        "qwenspec/commands/console.py",
+        'problem = problem and f"standard output: {problem}"',
+        "pass",
+        "which disk is full?",
+        tests=("tests/unit/test_trouble.py",),
+    ),
+    Mutant(
+        "temporary_files_are_not_named",
+        EMIT,
+        "temporary files, in {tempfile.gettempdir()}",
+        "temporary files",
+        "nobody finds the folder that is full",
+        tests=("tests/unit/test_trouble.py",),
+    ),
+    Mutant(
         "banner_unescaped",
         EMIT,
         "#   {comment(shlex.join(command))}",

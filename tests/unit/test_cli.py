@@ -237,6 +237,9 @@ def test_import_gives_a_spec_that_validates(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "error[file-exists]" in refused.stderr
     assert call("import", config, "--force", "-o", out).exit_code == 0
+    nowhere = call("import", config, "-o", "/dev/null")
+    assert nowhere.exit_code == 2
+    assert "error[cannot-write]: /dev/null is no regular file" in nowhere.stderr
 
 
 def test_import_names_the_key_that_nobody_reads(tmp_path: Path) -> None:

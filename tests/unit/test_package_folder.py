@@ -69,7 +69,7 @@ def test_others_files_are_kept_and_old_ones_of_its_own_removed(package: Path) ->
     met = write(package, NEW)
     assert there(package) == NEW | MINE
     assert sorted(met.kept) == sorted([*MINE, "empty"])
-    assert met.replaced == ()
+    assert (met.replaced, met.removed) == ((), ("dropped/c.py", "gone.py"))
     assert (package / "empty").is_dir()
     assert stat.S_IMODE(package.stat().st_mode) == 0o750
     assert alone(package)
@@ -94,9 +94,16 @@ def test_edits_of_a_generated_file_are_replaced_and_told(package: Path) -> None:
 
 
 def test_what_python_compiled_is_not_somebodys(package: Path) -> None:
-    add(package, {"__pycache__/a.cpython-311.pyc": "", "kernels/__pycache__/b.cpython-311.pyc": ""})
+    add(package, {"__pycache__/a.cpython-311.pyc": "", "kernels/__pycache__/b.cpython-311.pyc.1234": ""})
     assert sorted(write(package, NEW).kept) == sorted([*MINE, "empty"])
     assert there(package) == NEW | MINE
+
+
+def test_what_somebody_put_beside_what_python_compiled_is_kept(package: Path) -> None:
+    mine = {"__pycache__/notes.txt": "mine", "kernels/__pycache__/a/b.py": "mine"}
+    add(package, mine | {"__pycache__/a.cpython-311.pyc": ""})
+    assert set(mine) <= set(write(package, NEW).kept)
+    assert there(package) == NEW | MINE | mine
 
 
 @pytest.mark.parametrize("name", ["new.py", "kernels/d.py", "new.py/x", "kernels"])
@@ -410,11 +417,17 @@ def test_gen_says_what_it_kept_and_replaced(tmp_path: Path) -> None:
     assert listed == {str(path.relative_to(package)) for path in package.rglob("*.py")}
     add(package, {"my_server.py": "x=1\n"})
     (package / "config.py").write_text("edited = True\n")
+    old = "old = True\n"
+    add(package, {"older.py": old})
+    manifest = json.loads((package / MANIFEST).read_text())
+    manifest["files"] += folder.hashes({"older.py": old})
+    (package / MANIFEST).write_text(json.dumps(manifest))
     assert "config.py" in call("gen", spec, "-o", out, "--check").stdout
     again = call("gen", spec, "-o", out)
     assert again.exit_code == 0
     assert f"{package}: kept what qwenspec did not write: my_server.py\n" in again.stderr
     assert f"{package}: replaced what had been edited: config.py\n" in again.stderr
+    assert f"{package}: removed what this version does not have: older.py\n" in again.stderr
     assert "my_server.py" not in again.stdout
     assert (package / "my_server.py").read_text() == "x=1\n"
     same = call("gen", spec, "-o", out, "--check")

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -188,6 +189,18 @@ def test_a_report_is_there_whatever_the_terminal_does(
     assert "error[system]: No space left on device" in capsys.readouterr().err
 
 
+def test_the_folder_of_temporary_files_is_named(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert console.outcome(lambda: qwenspec.emit(qwenspec.load(spec), "triton", tmp_path) and None) == 2
+    said = capsys.readouterr().err
+    assert f"error[cannot-write]: temporary files, in {tempfile.gettempdir()}: No space left on device" in said
+
+
 # ---------------------------------------------------------------------------------------------------- terminals
 
 
@@ -226,12 +239,12 @@ def test_json_is_json_in_any_encoding(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arguments", ["show SPEC", "show SPEC --json", "--help", "--version"])
 def test_standard_output_that_is_full(spec: Path, arguments: str) -> None:
     done = process(f"qwenspec {arguments.replace('SPEC', str(spec))} > /dev/full")
-    assert (done.returncode, done.stderr) == (2, b"error[system]: No space left on device\n")
+    assert (done.returncode, done.stderr) == (2, b"error[system]: standard output: No space left on device\n")
 
 
 def test_closed_streams(spec: Path) -> None:
     closed = process(f"qwenspec show {spec} >&-")
-    assert (closed.returncode, closed.stderr) == (2, b"error[system]: Bad file descriptor\n")
+    assert (closed.returncode, closed.stderr) == (2, b"error[system]: standard output: Bad file descriptor\n")
     silent = process("qwenspec show nowhere.yaml 2>&-")
     assert (silent.returncode, silent.stdout) == (2, b"")
 
