@@ -303,6 +303,20 @@ def find(
     return lambda: library.find_library(targets.find_target("cpu"), "float32"), compiled
 
 
+def test_a_fifo_in_the_place_of_a_library_is_replaced(
+    find: Any, library: ModuleType, built: Path, tmp_path: Path
+) -> None:
+    ask, compiled = find
+    (tmp_path / "cache").mkdir(mode=0o700)
+    fifo = tmp_path / "cache" / built.name
+    os.mkfifo(fifo)
+    with pytest.raises(library.BuildError, match="is no regular file"):
+        library.read_library(fifo)
+    ask()
+    assert compiled == [1]
+    assert fifo.read_bytes() == built.read_bytes()
+
+
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
 def test_nobody_else_can_write_to_the_cache(umask: int, find: Any, built: Path, tmp_path: Path) -> None:
     ask, compiled = find
