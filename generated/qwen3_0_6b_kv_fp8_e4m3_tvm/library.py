@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,8 @@ def read_library(path: Path) -> Library:
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a library says of itself; nothing of it is loaded."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):  # whoever opens a pipe waits for ever
+            raise BuildError(f"{path} is no regular file")
         content = path.read_bytes()
     except OSError as error:
         raise BuildError(f"{path} cannot be read: {error.strerror}") from error

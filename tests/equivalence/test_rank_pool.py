@@ -122,7 +122,7 @@ def test_ranks_that_do_not_start_are_not_started_again(monkeypatch: pytest.Monke
     monkeypatch.setattr(rank_pool, "FAREWELL", 0.3)
     try:
         for _ in range(3):
-            with pytest.raises(SpecError, match=r"^3 ranks cannot be used: rank 0 of 3 has ended with -9") as raised:
+            with pytest.raises(SpecError, match=r"^3 ranks cannot be used: rank \d of 3 has ended with -9") as raised:
                 rank_pool.pool(3)
             assert "\n" not in str(raised.value)
         assert len(started) == 3
