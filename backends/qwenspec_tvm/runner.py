@@ -18,7 +18,7 @@ from qwenspec_tvm.taps import Taps
 if TYPE_CHECKING:
     from qwenspec.backend.api import Floats, Ints
 
-# For tests, which compile more than they run: 0 takes half the time of what packages take by themselves.
+# LLVM's level of optimisation, for tests, which compile more than they run: at 0 they take half the time.
 OPT_LEVEL = "QWENSPEC_LLVM_OPT_LEVEL"
 
 

@@ -114,33 +114,22 @@ def format_files(files: Mapping[str, str]) -> dict[str, str]:
     """Sort imports, drop unused ones and format, with the pinned ruff and no one's configuration.
 
     Raises SpecError (`cannot-write`) where there is no room for temporary files."""
-    try:
-        with tempfile.TemporaryDirectory() as temporary:
-            return _formatted(files, Path(temporary))
-    except OSError as error:
-        problem = f"temporary files, in {tempfile.gettempdir()}: {error.strerror or error}"
-        raise SpecError([Diagnostic("cannot-write", problem, hint="TMPDIR names another folder")]) from error
-
-
-def _formatted(files: Mapping[str, str], root: Path) -> dict[str, str]:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text, encoding="utf-8")
-    common = [
-        "--isolated",
-        "--no-cache",
-        "--quiet",
-        "--line-length",
-        str(LINE_LENGTH),
-        "--target-version",
-        "py311",
-    ]
-    ruff = [sys.executable, "-P", "-m", "ruff"]
-    fix = ["check", "--fix", "--select", "F401,I", *common, "."]
-    for command in (fix, ["format", *common, "."]):
-        done = subprocess.run([*ruff, *command], cwd=root, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"generated code that ruff rejects:\n{done.stdout}{done.stderr}"
-    return {name: (root / name).read_text(encoding="utf-8") for name in files}
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        try:
+            for name, text in files.items():
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / name).write_text(text, encoding="utf-8")
+        except OSError as error:
+            problem = f"temporary files, in {root.parent}: {error.strerror or error}"
+            raise SpecError([Diagnostic("cannot-write", problem, hint="TMPDIR names another folder")]) from error
+        common = ["--isolated", "--no-cache", "--quiet", f"--line-length={LINE_LENGTH}", "--target-version=py311"]
+        ruff = [sys.executable, "-P", "-m", "ruff"]
+        fix = ["check", "--fix", "--select", "F401,I", *common, "."]
+        for command in (fix, ["format", *common, "."]):
+            done = subprocess.run([*ruff, *command], cwd=root, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"generated code that ruff rejects:\n{done.stdout}{done.stderr}"
+        return {name: (root / name).read_text(encoding="utf-8") for name in files}
 
 
 def _diff(name: str, old: str | None, new: str | None) -> str:

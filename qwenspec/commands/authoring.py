@@ -81,9 +81,9 @@ def import_spec(
 
     if out is not None:
         check_place(out)
-    if out is not None and out.exists() and not force:
-        message = f"{out} exists already"
-        raise SpecError([Diagnostic("file-exists", message, hint="`--force` overwrites it")])
+        if out.exists() and not force:
+            message = f"{out} exists already"
+            raise SpecError([Diagnostic("file-exists", message, hint="`--force` overwrites it")])
     result = import_path(config, name, tuple(ignore))
     text = write_spec(result.tree, result.notes)
     if out is not None:

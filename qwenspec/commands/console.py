@@ -30,7 +30,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 TERMINATED = 143  # 128 + SIGTERM
 BROKEN_PIPE = 141  # 128 + SIGPIPE
 PACKAGE = Path(__file__).parents[1]
-PRINTING = {"click", "rich", "typer"}  # who else prints; of files, errors have names
+PRINTING = {"click", "rich", "typer"}
 
 
 def show(text: str, paint: Callable[[str], str] = str) -> None:
@@ -198,9 +198,6 @@ def _discard_unwritten() -> None:
 def _explained(error: Exception) -> ExitCode:
     """An error that is about the machine is the user's to mend; any other is our bug."""
     problem = machine_problem(error)
-    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    if raised == Path(__file__) or PRINTING & set(raised.parts[-3:-1]):
-        problem = problem and f"standard output: {problem}"
     if os.environ.get("QWENSPEC_TRACEBACK") == "1":
         traceback.print_exception(error)
         return ExitCode.USAGE if problem else ExitCode.INTERNAL
@@ -210,8 +207,15 @@ def _explained(error: Exception) -> ExitCode:
         hint = "fewer tokens, a smaller --dtype or a smaller model need less"
         show_diagnostics([Diagnostic("out-of-memory", problem, hint=hint)])
     else:
-        show_diagnostics([Diagnostic("system", problem)])
+        where = "standard output: " if _printed(error) else ""
+        show_diagnostics([Diagnostic("system", where + problem)])
     return ExitCode.USAGE
+
+
+def _printed(error: Exception) -> bool:
+    """Whether it comes out of a print, of this module's or of the libraries that print help: it names no file."""
+    raised = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return raised == Path(__file__) or not PRINTING.isdisjoint(raised.parts[-3:-1])
 
 
 def _bug(error: Exception) -> ExitCode:

@@ -66,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def _one_thread() -> None:
     torch.set_num_threads(1)
     os.environ["TVM_NUM_THREADS"] = "1"  # a process a core
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_libraries() -> None:
     # Hundreds of libraries, each for a few steps: LLVM's optimiser would take most of the time. tests/hf_parity and
     # tests/backends run what it makes.
     os.environ.setdefault("QWENSPEC_LLVM_OPT_LEVEL", "0")

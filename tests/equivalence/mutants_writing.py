@@ -39,15 +39,15 @@ WRITING_MUTANTS = (
     Mutant(
         "standard_output_is_not_named",
         "qwenspec/commands/console.py",
-        'problem = problem and f"standard output: {problem}"',
-        "pass",
+        'where = "standard output: " if _printed(error) else ""',
+        'where = ""',
         "which disk is full?",
         tests=("tests/unit/test_trouble.py",),
     ),
     Mutant(
         "temporary_files_are_not_named",
         EMIT,
-        "temporary files, in {tempfile.gettempdir()}",
+        "temporary files, in {root.parent}",
         "temporary files",
         "nobody finds the folder that is full",
         tests=("tests/unit/test_trouble.py",),

@@ -195,8 +195,11 @@ def test_the_folder_of_temporary_files_is_named(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def command() -> None:
+        qwenspec.emit(qwenspec.load(spec), "triton", tmp_path)
+
     monkeypatch.setattr(Path, "write_text", full)
-    assert console.outcome(lambda: qwenspec.emit(qwenspec.load(spec), "triton", tmp_path) and None) == 2
+    assert console.outcome(command) == 2
     said = capsys.readouterr().err
     assert f"error[cannot-write]: temporary files, in {tempfile.gettempdir()}: No space left on device" in said
 
