@@ -226,11 +226,12 @@ class Meeting:
     def tell(self, message: str, store: Store, first: bool = False) -> None:
         """See ranks.tell. `first`: this rank knows more than the others."""
         self.failed = True
-        key = f"told/{self.host}"
+        key, me = f"told/{self.host}", f"process {self.process}"
         with contextlib.suppress(StoreGone):  # then nobody else can be relied on
             if self.ranks.local_rank and not first:
                 store.wait(key, seconds=TELL_SECONDS)
-            if store.has(key):
+            if store.first(f"tells/{self.host}", me) != me:
+                store.wait(key, seconds=TELL_SECONDS)  # a launcher ends all when the first has ended
                 return
         if self.told.acquire(blocking=False):
             print(f"{message}\n", end="", file=sys.__stderr__, flush=True)  # in one piece: others may print too

@@ -109,6 +109,11 @@ def main(scenario: str) -> None:
         if FAILS:
             raise MemoryError("no memory left")
         add_up(here)
+    elif scenario == "fail beside another":
+        ranks.join("cpu")
+        has = meeting.Store.has
+        meeting.Store.has = lambda store, *keys: (has(store, *keys), time.sleep(0.5))[0]
+        raise MemoryError("no memory left")
     elif scenario == "load for ever":
         ranks.together(ranks.join("cpu"), load_for_ever)
     elif scenario == "work for ever":

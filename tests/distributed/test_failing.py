@@ -69,6 +69,14 @@ def test_an_error_of_one_rank_that_nobody_expected(team: Path) -> None:
     assert [line for line in err.splitlines() if "scenarios.py" in line and "File" in line] != []
 
 
+def test_ranks_that_fail_at_once(team: Path) -> None:
+    """Neither waits for the other to tell, and one of them does."""
+    ranks = by_hand([scenario(team, "fail beside another")] * 2, LOCAL_RANK="0", CONSTANTS=PATIENT)
+    ended = finish(*ranks)
+    assert all(code != 0 for code, _, _ in ended)
+    assert "".join(err for _, _, err in ended).count("error: ") == 1
+
+
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_rank_that_is_killed(killed: int, team: Path) -> None:
     run = torchrun(2, *scenario(team, "work for ever"))

@@ -200,4 +200,17 @@ FRONT_MUTANTS = (
         "on a busy machine a rank that has answered ends with an error",
         tests=("tests/distributed/test_joining.py",),
     ),
+    Mutant(
+        "ranks_tell_at_once",
+        "qwenspec/backend/runtime/meeting.py",
+        """            if store.first(f"tells/{self.host}", me) != me:
+                store.wait(key, seconds=TELL_SECONDS)  # a launcher ends all when the first has ended
+                return
+""",
+        """            if store.has(key):
+                return
+""",
+        "on a busy machine a cause is printed by several ranks",
+        tests=("tests/distributed/test_failing.py",),
+    ),
 )
